@@ -1,0 +1,65 @@
+"""Settings as frozen values, validated once where they are made. Never reads the environment.
+
+`commands/` builds these from flags, environment and config file; everything below only reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmchat.errors import ConfigError
+from vlmchat.request import SamplingParams
+
+DEFAULT_MODEL = "liuhaotian/llava-v1.5-7b"
+DEMO_MODEL = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """What a picture may cost, and where it may come from."""
+
+    max_bytes: int = 50 * 2**20
+    max_pixels: int = 64_000_000
+    timeout_s: float = 30.0
+    max_redirects: int = 3
+    allow_private_urls: bool = False
+    allow_local_files: bool = True  # off for whoever serves remote clients
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model, and how to load it."""
+
+    path: str = DEFAULT_MODEL  # "demo", a directory, or a hub id
+    base: str | None = None
+    revision: str | None = None
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    quantization: str | None = None  # None | "8bit" | "4bit"
+    context_length: int | None = None  # None: what the model's config says
+    conv_mode: str | None = None
+
+
+def sampling_params(
+    *,
+    temperature: float = 0.2,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_new_tokens: int = 512,
+    seed: int | None = None,
+    stop: tuple[str, ...] = (),
+) -> SamplingParams:
+    """SamplingParams with every value checked; ConfigError names the option that is wrong."""
+    if not 0.0 <= temperature <= 100.0:
+        raise ConfigError(f"--temperature is {temperature}; it must be between 0 and 100")
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if top_k < 0:
+        raise ConfigError(f"--top-k is {top_k}; it must be 0 (off) or more")
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}; it must be between 0 and 2^63 - 1")
+    if any(not string for string in stop):
+        raise ConfigError("--stop is empty; give the text that ends an answer")
+    return SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, stop)

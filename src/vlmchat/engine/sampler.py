@@ -1,0 +1,45 @@
+"""Draw the next token from logits: greedy, or temperature, then top-k, then top-p.
+
+The order is that of transformers' logits warpers. Called by the engine for each sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlmchat.request import SamplingParams
+
+
+class Sampler:
+    """The random state of one sequence. Its draws depend on its seed and its logits only."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """logits: [vocabulary], any dtype and device. Greedy takes the first of equals."""
+        if self._params.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.float().cpu() / self._params.temperature
+        scores = self._top_p(self._top_k(scores))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    def _top_k(self, scores: torch.Tensor) -> torch.Tensor:
+        k = min(self._params.top_k, scores.numel())
+        if k == 0:
+            return scores
+        return scores.masked_fill(scores < scores.topk(k).values[-1], -torch.inf)
+
+    def _top_p(self, scores: torch.Tensor) -> torch.Tensor:
+        if self._params.top_p >= 1.0:
+            return scores
+        ordered, order = scores.sort(descending=False)
+        # The least likely tokens go as long as their sum stays within 1 - top_p; the best one stays.
+        remove = ordered.softmax(-1).cumsum(-1) <= 1.0 - self._params.top_p
+        remove[-1] = False
+        return scores.masked_fill(torch.empty_like(remove).scatter_(0, order, remove), -torch.inf)

@@ -1,0 +1,117 @@
+"""What crosses the door between those who ask and those who answer.
+
+Everything that can answer is a `Backend`: the engine in this process, or a client of a server.
+The REPL, the JSON output, batch runner, web page and HTTP routes know nothing else.
+Plain values and protocols: no torch, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from vlmchat.conversation import Conversation
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # the model's end token, or a stop string
+    LENGTH = "length"  # max_new_tokens, or the end of the context
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an answer is drawn. Already checked: see `config.sampling_params`.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. seed None draws a fresh one.
+    """
+
+    temperature: float = 0.2
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer, exact. image_tokens and cached_tokens are part of prompt_tokens."""
+
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, from the moment the request was accepted."""
+
+    first_token_s: float
+    total_s: float
+    tokens_per_second: float  # of the decode: tokens after the first / time after the first; 0 if < 2
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text since the last one. The last Delta of a stream carries the three other fields."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSize:
+    """Exact token counts of a rendered conversation. image_tokens are part of tokens."""
+
+    tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a backend is and how it stands."""
+
+    model: str
+    context_length: int  # tokens, prompt and answer together
+    load_s: float = 0.0
+    details: tuple[tuple[str, str], ...] = ()  # (label, value) for people: device, dtype, memory …
+
+
+class Stream(Protocol):
+    """One answer on its way. Iterate it for Deltas; `cancel` from any thread ends it early."""
+
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    def __next__(self) -> Delta: ...
+
+    def cancel(self) -> None:
+        """Stop soon; iteration then ends with a Delta of FinishReason.CANCELLED. No-op when over."""
+
+
+class Backend(Protocol):
+    """Whoever can answer."""
+
+    def stream(self, conversation: Conversation, params: SamplingParams) -> Stream:
+        """Begin the answer to `conversation.pending`.
+
+        Raises PromptTooLong when prompt + max_new_tokens exceed the context (nothing is begun);
+        iteration raises EngineDead, OutOfMemory, NetworkError … when the answer fails.
+        """
+
+    def count(self, conversation: Conversation) -> PromptSize:
+        """Exact size of the conversation's prompt as the model will see it."""
+
+    def status(self) -> Status:
+        """The model's name, context length and state."""
+
+    def close(self) -> None:
+        """Give everything back. Streams under way end with an error."""

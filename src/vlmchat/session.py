@@ -1,0 +1,259 @@
+"""A chat: history, the trimmer that keeps it inside the context, and answers that join it whole.
+
+Used by the REPL, the one-shot command and the web page, over any `Backend`. Plain Python.
+History changes only when an answer has ended (or was stopped after something was said): a failed
+turn leaves everything as it was. Trimming works on a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from vlmchat.conversation import Conversation, Image, Message, Turn
+from vlmchat.errors import ConfigError, InvalidRequest, PromptTooLong
+from vlmchat.request import (
+    Backend,
+    Delta,
+    FinishReason,
+    PromptSize,
+    SamplingParams,
+    Stream,
+    Timings,
+    Usage,
+)
+
+# After an overflow the prompt is cut to this share of its budget, so that the next trim is some
+# turns away and the re-prefill behind the cut is paid rarely.
+LOW_WATER = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """What the trimmer dropped before one answer."""
+
+    turns: int = 0
+    tokens: int = 0
+    images: tuple[Image, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.turns or self.images)
+
+
+class Reply:
+    """One answer under way. Iterate it inside `with`; leaving commits or rolls back.
+
+    The answer joins the history when it has ended, or when it was stopped (Ctrl-C, `cancel`)
+    after saying something; any other exception leaves the history as it was.
+    """
+
+    def __init__(
+        self,
+        session: ChatSession,
+        conversation: Conversation,
+        stream: Stream,
+        trimmed: Trimmed,
+        dropped: tuple[Turn, ...] = (),
+    ) -> None:
+        self._session = session
+        self._stream = stream
+        self.conversation = conversation
+        self.trimmed = trimmed
+        self.dropped = dropped
+        self.answer = ""
+        self.finish_reason: FinishReason | None = None
+        self.usage: Usage | None = None
+        self.timings: Timings | None = None
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __iter__(self) -> Iterator[Delta]:
+        for delta in self._stream:
+            self.answer += delta.text
+            if delta.finish_reason is not None:
+                self.finish_reason = delta.finish_reason
+                self.usage, self.timings = delta.usage, delta.timings
+            yield delta
+
+    def cancel(self) -> None:
+        """Stop the answer; what was said so far is kept."""
+        self._stream.cancel()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.cancel()
+        stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, GeneratorExit))
+        if self.finish_reason is None and (kind is None or stopped):
+            self.finish_reason = FinishReason.CANCELLED
+        if self.finish_reason is not None:
+            self._session._commit(self)
+
+
+class ChatSession:
+    """A conversation with one backend.
+
+    on_change(session) is called after every change of the history, and with the question in
+    `unanswered` before an answer begins: whoever stores sessions hooks in here.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: SamplingParams,
+        conversation: Conversation | None = None,
+        *,
+        forgotten: tuple[Turn, ...] = (),
+        on_change: Callable[[ChatSession], None] | None = None,
+    ) -> None:
+        """Raises ConfigError when max_new_tokens leaves no room for a prompt."""
+        self.backend = backend
+        self.params = params
+        self.forgotten = forgotten  # turns that the trimmer dropped: kept for the record only
+        self.queued: tuple[Image, ...] = ()
+        self.unanswered: Message | None = None
+        self.on_change = on_change
+        self._conversation = conversation or Conversation()
+        self._check_room(params)
+
+    @property
+    def conversation(self) -> Conversation:
+        """What the model will be shown: system prompt, pictures, the turns still remembered."""
+        return self._conversation
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a prompt may have: the context length less the room for the answer."""
+        return self.backend.status().context_length - self.params.max_new_tokens
+
+    def size(self) -> PromptSize:
+        """Exact size of the history as the model would see it now."""
+        return self.backend.count(self._conversation)
+
+    def set_params(self, params: SamplingParams) -> None:
+        """Use other sampling parameters from now on; ConfigError if they leave no room."""
+        self._check_room(params)
+        self.params = params
+
+    def attach(self, image: Image) -> None:
+        """Send `image` with the next question."""
+        self.queued = (*self.queued, image)
+
+    def ask(self, text: str, images: tuple[Image, ...] = ()) -> Reply:
+        """Begin the answer to a new question, with the queued pictures and these.
+
+        Raises PromptTooLong, history untouched, when the message alone does not fit.
+        """
+        return self._begin(self._conversation, Message("user", text, self.queued + images))
+
+    def regenerate(self) -> Reply:
+        """Answer the last question again. The old answer stays if the new one fails."""
+        return self._begin(*self._without_last_turn())
+
+    def edit(self, text: str) -> Reply:
+        """Ask `text` in place of the last question, with the same pictures."""
+        before, question = self._without_last_turn()
+        return self._begin(before, replace(question, text=text))
+
+    def undo(self) -> Turn:
+        """Take the last turn back."""
+        before, _ = self._without_last_turn()
+        turn = self._conversation.turns[-1]
+        self._set(before)
+        return turn
+
+    def clear(self) -> None:
+        """Forget turns and pictures; the system prompt stays."""
+        self.queued, self.forgotten, self.unanswered = (), (), None
+        self._set(Conversation(system=self._conversation.system))
+
+    def set_system(self, text: str) -> None:
+        """Use another system prompt, for the whole conversation."""
+        self._set(replace(self._conversation, system=text))
+
+    def remove_image(self, index: int) -> Image:
+        """Take picture `index` out of the conversation (those queued count on after the others)."""
+        sent = self._conversation.images
+        if index < len(sent):
+            self._set(self._conversation.without_image(index))
+            return sent[index]
+        position = index - len(sent)
+        removed = self.queued[position]
+        self.queued = self.queued[:position] + self.queued[position + 1 :]
+        return removed
+
+    def _without_last_turn(self) -> tuple[Conversation, Message]:
+        if not self._conversation.turns:
+            raise InvalidRequest("there is no question yet")
+        *before, last = self._conversation.turns
+        return replace(self._conversation, turns=tuple(before)), last.user
+
+    def _begin(self, history: Conversation, question: Message) -> Reply:
+        self._check_room(self.params)
+        fitted, trimmed = fit(replace(history, pending=question), self.backend, self.budget)
+        self.unanswered = question
+        self._changed()
+        stream = self.backend.stream(fitted, self.params)
+        return Reply(self, fitted, stream, trimmed, history.turns[: trimmed.turns])
+
+    def _commit(self, reply: Reply) -> None:
+        if not reply.answer and reply.finish_reason is FinishReason.CANCELLED:
+            return
+        self.unanswered = None
+        self.forgotten += reply.dropped
+        asked = reply.conversation.pending
+        self.queued = tuple(image for image in self.queued if asked and image not in asked.images)
+        interrupted = reply.finish_reason is FinishReason.CANCELLED
+        self._set(reply.conversation.answered(reply.answer.strip(), interrupted=interrupted))
+
+    def _set(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self)
+
+    def _check_room(self, params: SamplingParams) -> None:
+        context = self.backend.status().context_length
+        if params.max_new_tokens >= context:
+            raise ConfigError(
+                f"--max-new-tokens {params.max_new_tokens} leaves no room for a question in a "
+                f"context of {context} tokens; lower it"
+            )
+
+
+def fit(conversation: Conversation, backend: Backend, budget: int) -> tuple[Conversation, Trimmed]:
+    """The conversation inside `budget` tokens, and what had to go; untouched if it fits.
+
+    The system prompt, the pending message and the pictures stay; the oldest whole turns go, and
+    their pictures move to the oldest turn kept. Pictures that would not fit even with no turn
+    kept go, oldest first. Raises PromptTooLong when the pending message alone is too much.
+    """
+    size = backend.count(conversation)
+    if size.tokens <= budget:
+        return conversation, Trimmed()
+    kept, dropped_images = conversation, []
+    own_images = conversation.pending.images if conversation.pending else ()
+    while (fixed := backend.count(_without_turns(kept))).tokens > budget:
+        if len(kept.images) == len(own_images):
+            raise PromptTooLong(fixed.tokens, budget, fixed.image_tokens)
+        dropped_images.append(kept.images[0])
+        kept = kept.without_image(0)
+    # Only turns can make room, so the low-water mark is a share of what turns may use.
+    low_water = fixed.tokens + int((budget - fixed.tokens) * LOW_WATER)
+    while (tokens := backend.count(kept).tokens) > low_water and kept.turns:
+        kept = kept.without_oldest_turn()
+    turns = len(conversation.turns) - len(kept.turns)
+    return kept, Trimmed(turns, size.tokens - tokens, tuple(dropped_images))
+
+
+def _without_turns(conversation: Conversation) -> Conversation:
+    while conversation.turns:
+        conversation = conversation.without_oldest_turn()
+    return conversation
