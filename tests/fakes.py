@@ -6,16 +6,18 @@ slowly as a test wants, fails on demand, and can be stopped like the real one.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 
 from PIL import Image as PILImage
 
+from vlmchat.config import ImagePolicy
 from vlmchat.conversation import Conversation, Image
 from vlmchat.errors import EngineDead, PromptTooLong
+from vlmchat.images import ImageLoader
 from vlmchat.request import (
     Delta,
     FinishReason,
@@ -38,14 +40,9 @@ def words(text: str) -> list[str]:
 
 def picture(source: str = "red.png", color: str = "red", size: tuple[int, int] = (8, 6)) -> Image:
     """A picture of one colour, as the loader would hand it out."""
-    from io import BytesIO
-
-    pixels = PILImage.new("RGB", size, color)
     file = BytesIO()
-    pixels.save(file, "PNG")
-    data = file.getvalue()
-    digest = hashlib.sha256(pixels.tobytes() + repr(size).encode()).hexdigest()
-    return Image(pixels, data, source, hashlib.sha256(data).hexdigest(), digest)
+    PILImage.new("RGB", size, color).save(file, "PNG")
+    return ImageLoader(ImagePolicy()).load_bytes(file.getvalue(), source)
 
 
 class ScriptedStream:
@@ -143,7 +140,7 @@ class ScriptedBackend:
 
 
 def _tokens(conversation: Conversation) -> list[str]:
-    tokens = []
+    tokens: list[str] = []
     for message in conversation.messages():
         tokens += [message.role] * MESSAGE_TOKENS
         for image in message.images:
