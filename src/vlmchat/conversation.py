@@ -1,4 +1,4 @@
-"""What has been said: pictures, messages, turns, conversations. Values only, never changed in place.
+"""What has been said: pictures, messages, turns, conversations. Values, never changed.
 
 Every layer speaks these types. Plain Python: no I/O, no torch; Pillow for the types only.
 An answer is part of a `Turn` only once it has ended (or was stopped with something said); the
@@ -112,9 +112,7 @@ class Conversation:
             return replace(self, turns=(first, *kept[1:]))
         if self.pending is None:
             return replace(self, turns=())
-        return replace(
-            self, turns=(), pending=_with_images_first(self.pending, oldest.user.images)
-        )
+        return replace(self, turns=(), pending=_with_images_first(self.pending, oldest.user.images))
 
     def without_image(self, index: int) -> Conversation:
         """Without the picture at `index` of `images`; the words stay."""

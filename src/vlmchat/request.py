@@ -41,7 +41,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one answer, exact. image_tokens and cached_tokens are part of prompt_tokens."""
+    """Exact token counts of one answer. prompt_tokens include image_tokens and cached_tokens."""
 
     prompt_tokens: int
     image_tokens: int
@@ -55,7 +55,9 @@ class Timings:
 
     first_token_s: float
     total_s: float
-    tokens_per_second: float  # of the decode: tokens after the first / time after the first; 0 if < 2
+    tokens_per_second: (
+        float  # of the decode: tokens after the first / time after the first; 0 if < 2
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Stream(Protocol):
     def __next__(self) -> Delta: ...
 
     def cancel(self) -> None:
-        """Stop soon; iteration then ends with a Delta of FinishReason.CANCELLED. No-op when over."""
+        """Stop soon; iteration then ends with FinishReason.CANCELLED. No-op when over."""
 
 
 class Backend(Protocol):

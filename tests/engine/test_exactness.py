@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
 from tests.engine.reference import Reference
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
-
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine, EngineStream
 from vlmchat.errors import PromptTooLong
@@ -40,7 +39,8 @@ class Conversations(RuleBasedStateMachine):
 
     def finish(self, reply: Reply, stop_after: int | None = None) -> None:
         stream = reply._stream
-        assert isinstance(stream, EngineStream) and stream.sequence is not None
+        assert isinstance(stream, EngineStream)
+        assert stream.sequence is not None
         try:
             with reply:
                 for count, _ in enumerate(reply):

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
-    """The text of one answer. `add` and `flush` concatenated are its text, leading blanks removed."""
+    """The text of one answer: all that `add` and `flush` give, leading blanks removed."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         """tokenizer: a fast transformers tokenizer.  stop: strings that end the answer."""
@@ -35,7 +35,10 @@ class Detokenizer:
             text, self._held = self._held[:end], ""
             return self._emit(text), True
         keep = self._possible_stop_length()
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        text, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return self._emit(text), False
 
     def flush(self) -> str:

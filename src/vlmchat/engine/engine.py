@@ -77,7 +77,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._status = status
         self._scheduler = Scheduler(PrefixCache(num_slots))
-        # The inbox and `_dead` change under one lock, so that no stream is queued for a dead engine.
+        # Inbox and `_dead` change under one lock, so that no stream is queued for a dead engine.
         self._wake = threading.Condition()
         self._inbox: list[Sequence] = []
         self._dead: EngineDead | None = None

@@ -57,10 +57,13 @@ def _is_complete(directory: Path) -> bool:
     """Whether the config and all weight files that its index names are there."""
     if not (directory / "config.json").is_file():
         return False
-    for index in directory.glob("*.index.json"):
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return all((directory / name).is_file() for name in names)
-    return any(directory.glob(SAFETENSORS)) or any(directory.glob(PICKLED))
+    for weights in (SAFETENSORS, PICKLED):
+        for index in directory.glob(f"{weights}.index.json"):
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return all((directory / name).is_file() for name in names)
+        if any(directory.glob(weights)):
+            return True
+    return False
 
 
 def _download(repo: str, revision: str | None, progress: Callable[[str], None]) -> Path:

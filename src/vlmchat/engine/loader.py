@@ -7,6 +7,7 @@ code from a checkpoint is run.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class LoadedModel:
 def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedModel:
     """See `Engine.load`."""
     started = time.perf_counter()
+    _quiet_libraries()
     device = pick_device(config.device)
     if config.base is not None:
         raise UnsupportedModel("--model-base is not served yet; give a merged checkpoint")
@@ -117,6 +119,13 @@ def _context_length(asked: int | None, spec: ModelSpec) -> int:
     return asked
 
 
+def _quiet_libraries() -> None:
+    """Casts, optional kernels, missing torchvision: nothing that a user can act on."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
@@ -130,12 +139,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and processor; CheckpointError where tensors are missing, unexpected or misshapen."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, **options
+            directory,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they come back by name, and are refused below
+            **options,
         )
         processor = AutoProcessor.from_pretrained(directory, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
@@ -144,6 +155,6 @@ def _read(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info[problem])):
             shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            words = problem.removesuffix("_keys")
-            raise CheckpointError(f"{directory} has {len(names)} {words} tensors: {shown}")
+            kind = problem.removesuffix("_keys")
+            raise CheckpointError(f"{directory} has {len(names)} {kind} tensors: {shown}")
     return model, processor

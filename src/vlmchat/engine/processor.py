@@ -80,8 +80,7 @@ class Processor:
             self._spec.image_token * self._num_tokens[image.digest] for image in conversation.images
         ]
         expanded = "".join(
-            part + placeholder
-            for part, placeholder in zip(parts, [*placeholders, ""], strict=True)
+            part + placeholder for part, placeholder in zip(parts, [*placeholders, ""], strict=True)
         )
         bos = self.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
@@ -108,9 +107,7 @@ class Processor:
             return inputs
 
     def _process(self, image: Image) -> dict[str, Any]:
-        output = self._hf(
-            images=[image.pixels], text=[self._spec.image_token], return_tensors="np"
-        )
+        output = self._hf(images=[image.pixels], text=[self._spec.image_token], return_tensors="np")
         ids = output["input_ids"][0].tolist()
         self._num_tokens[image.digest] = ids.count(self._spec.image_token_id)
         return {name: value for name, value in output.items() if name not in TEXT_KEYS}

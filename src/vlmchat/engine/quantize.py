@@ -25,7 +25,7 @@ def quantize(model: Any, kind: str, device: torch.device, compute_dtype: torch.d
             language_model.set_submodule(name, replacement.to(device))
 
 
-def _eight_bit(linear: nn.Linear) -> nn.Module:
+def _eight_bit(linear: nn.Linear) -> Any:
     replacement = bnb.nn.Linear8bitLt(
         linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
     )
@@ -35,7 +35,7 @@ def _eight_bit(linear: nn.Linear) -> nn.Module:
     return replacement
 
 
-def _four_bit(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
+def _four_bit(linear: nn.Linear, compute_dtype: torch.dtype) -> Any:
     replacement = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,

@@ -1,7 +1,7 @@
 """Run the model: prefill a prompt's new part, decode one token per sequence.
 
 `EagerRunner` is the reference: the unmodified transformers forward, one sequence at a time, a
-`DynamicCache` per slot. Any faster runner stands behind the same protocol and is held to its tokens.
+`DynamicCache` per slot. A faster runner stands behind the same protocol and is held to its tokens.
 Called from the engine's thread only.
 """
 

@@ -39,7 +39,7 @@ class Sampler:
         if self._params.top_p >= 1.0:
             return scores
         ordered, order = scores.sort(descending=False)
-        # The least likely tokens go as long as their sum stays within 1 - top_p; the best one stays.
+        # The least likely tokens go while their sum is within 1 - top_p; the best one stays.
         remove = ordered.softmax(-1).cumsum(-1) <= 1.0 - self._params.top_p
         remove[-1] = False
         return scores.masked_fill(torch.empty_like(remove).scatter_(0, order, remove), -torch.inf)

@@ -48,7 +48,7 @@ class Prompt:
 
 
 def image_match_id(digest: str) -> int:
-    """A negative integer that stands for a picture: never a token id, the same for the same picture."""
+    """A negative integer that stands for a picture: never a token id."""
     return -1 - int(digest[:15], 16)
 
 

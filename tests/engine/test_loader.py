@@ -1,0 +1,173 @@
+"""Loading: every bad checkpoint and option has its own clear line; nothing stays random."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.pictures import noise_image
+from tests.tiny import make_tiny_llava
+from vlmchat.config import ModelConfig
+from vlmchat.conversation import Conversation
+from vlmchat.engine.engine import Engine
+from vlmchat.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelNotFound,
+    NetworkError,
+    OutOfMemory,
+    UnsupportedModel,
+    VlmchatError,
+)
+from vlmchat.request import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(directory: Path, change: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def load_error(config: ModelConfig) -> VlmchatError:
+    with pytest.raises(VlmchatError) as caught:
+        Engine.load(config)
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+def answer(config: ModelConfig) -> str:
+    engine = Engine.load(config)
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    conversation = Conversation().ask("what is it", (noise_image(1),))
+    text = "".join(delta.text for delta in engine.stream(conversation, params))
+    engine.close()
+    return text
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_model_answers_on_a_cpu(tiny: Path, quantization: str) -> None:
+    assert answer(ModelConfig(str(tiny), device="cpu", quantization=quantization))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_model_answers_in_each_dtype(tiny: Path, dtype: str) -> None:
+    assert answer(ModelConfig(str(tiny), device="cpu", dtype=dtype))
+
+
+def test_load_says_what_a_missing_directory_is() -> None:
+    error = load_error(ModelConfig("./no/such/model"))
+    assert isinstance(error, ModelNotFound)
+    assert "./no/such/model" in error.message
+
+
+def test_load_refuses_a_directory_without_a_config(tmp_path: Path) -> None:
+    assert isinstance(load_error(ModelConfig(str(tmp_path))), ModelNotFound)
+
+
+def test_load_refuses_a_file(copy: Path) -> None:
+    error = load_error(ModelConfig(str(copy / "config.json")))
+    assert "is a file" in error.message
+
+
+def test_load_names_the_demo_model_when_there_is_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    error = load_error(ModelConfig("nobody/nothing"))
+    assert isinstance(error, NetworkError)
+    assert "--model-path demo" in error.message
+
+
+def test_load_refuses_the_original_llava_layout(copy: Path) -> None:
+    edit_config(copy, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    error = load_error(ModelConfig(str(copy)))
+    assert isinstance(error, UnsupportedModel)
+    assert "original LLaVA layout" in error.message
+
+
+def test_load_refuses_another_family(copy: Path) -> None:
+    edit_config(copy, model_type="bert")
+    assert isinstance(load_error(ModelConfig(str(copy))), UnsupportedModel)
+
+
+def test_load_names_missing_tensors(copy: Path) -> None:
+    name = "multi_modal_projector.linear_1.weight"
+    edit_weights(copy, lambda tensors: tensors.pop(name))
+    error = load_error(ModelConfig(str(copy)))
+    assert isinstance(error, CheckpointError)
+    assert "1 missing" in error.message
+    assert "multi_modal_projector.linear_1.weight" in error.message
+
+
+def test_load_names_unexpected_tensors(copy: Path) -> None:
+    edit_weights(copy, lambda t: t.update(stranger=t["language_model.lm_head.weight"].clone()))
+    assert "stranger" in load_error(ModelConfig(str(copy))).message
+
+
+def test_load_refuses_misshapen_tensors(copy: Path) -> None:
+    name = "language_model.lm_head.weight"
+    edit_weights(copy, lambda tensors: tensors.update({name: tensors[name][:5].clone()}))
+    error = load_error(ModelConfig(str(copy)))
+    assert isinstance(error, CheckpointError)
+    assert "lm_head.weight" in error.message
+
+
+def test_load_refuses_a_truncated_weight_file(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_load_refuses_a_broken_config(copy: Path, text: str) -> None:
+    (copy / "config.json").write_text(text)
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_refuses_a_missing_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", "cuda:x"])
+def test_load_refuses_a_device_that_is_not_there(tiny: Path, device: str) -> None:
+    error = load_error(ModelConfig(str(tiny), device=device))
+    assert isinstance(error, ConfigError)
+    assert device in error.message
+
+
+def test_load_refuses_a_context_longer_than_the_model_takes(tiny: Path) -> None:
+    error = load_error(ModelConfig(str(tiny), context_length=257))
+    assert "256" in error.message
+
+
+def test_load_refuses_a_model_larger_than_the_memory(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = type("Memory", (), {"available": 500_000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    error = load_error(ModelConfig(str(tiny), device="cpu"))
+    assert isinstance(error, OutOfMemory)
+    assert "--load-" in error.message

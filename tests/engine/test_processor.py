@@ -1,0 +1,85 @@
+"""Processor: the same ids as the checkpoint's own processor, and pictures told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from tests.engine.reference import Reference
+from tests.pictures import noise_image
+from tests.tiny import make_tiny_llava
+from vlmchat.conversation import Conversation
+from vlmchat.engine.processor import Processor
+from vlmchat.engine.spec import read_spec
+
+A, B = noise_image(1), noise_image(2)
+ONE_TURN = Conversation(system="Be kind.").ask("what is it", (A,)).answered("a thing")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    directory: Path = make_tiny_llava(tmp_path_factory.mktemp("tiny"))
+    return Reference(directory)
+
+
+@pytest.fixture(scope="module")
+def processor(reference: Reference) -> Processor:
+    hf = reference.processor
+    return Processor(hf, read_spec(reference.model.config, GenerationConfig(), hf))
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        pytest.param(Conversation().ask("hello\n  there é☂"), id="text"),
+        pytest.param(Conversation().ask("", (A,)), id="picture-without-words"),
+        pytest.param(ONE_TURN.ask("and this", (A, B)), id="two-turns-three-pictures"),
+    ],
+)
+def test_ids_equal_those_of_the_checkpoints_own_processor(
+    processor: Processor, reference: Reference, conversation: Conversation
+) -> None:
+    expected = reference.inputs(conversation)["input_ids"][0].tolist()
+    assert list(processor.encode(conversation).ids) == expected
+    assert processor.count(conversation).tokens == len(expected)
+
+
+def test_match_ids_tell_pictures_apart_and_keep_the_prefix(processor: Processor) -> None:
+    first = processor.encode(Conversation().ask("what", (A,)))
+    other = processor.encode(Conversation().ask("what", (B,)))
+    both = processor.encode(Conversation().ask("what", (A, B)))
+    start, stop = first.images[0].start, first.images[0].stop
+    assert first.ids == other.ids
+    assert first.match_ids[start:stop] != other.match_ids[start:stop]
+    assert both.match_ids[:stop] == first.match_ids[:stop]
+    assert first.num_image_tokens == 4
+
+
+def test_next_turn_begins_with_the_last_prompt(processor: Processor) -> None:
+    asked = processor.encode(Conversation().ask("what is it", (A,)))
+    conversation = Conversation().ask("what is it", (A,)).answered("a thing").ask("why")
+    assert processor.encode(conversation).ids[: len(asked.ids)] == asked.ids
+
+
+@pytest.mark.parametrize("text", ["<image>", "a</s>b", "<s><pad>"])
+def test_special_tokens_typed_by_a_person_stay_text(processor: Processor, text: str) -> None:
+    prompt = processor.encode(Conversation().ask(text, (A,)))
+    specials = [token for token in prompt.ids if token < 4]
+    assert specials == [0, 2, 2, 2, 2]
+
+
+def test_resume_point_never_lies_inside_a_picture(processor: Processor) -> None:
+    prompt = processor.encode(Conversation().ask("what", (A,)))
+    start, stop = prompt.images[0].start, prompt.images[0].stop
+    assert [prompt.resume_point(n) for n in (start, start + 1, stop - 1, stop)] == [
+        start,
+        start,
+        start,
+        stop,
+    ]
+
+
+def test_count_of_an_empty_conversation_is_zero(processor: Processor) -> None:
+    assert processor.count(Conversation()).tokens == 0
