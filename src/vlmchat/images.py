@@ -256,9 +256,11 @@ def _open(data: bytes, name: str) -> PILImage.Image:
         formats += _heif_formats(name)
     try:
         return PILImage.open(BytesIO(data), formats=formats)
-    except PILImage.DecompressionBombError:
-        most = 2 * (PILImage.MAX_IMAGE_PIXELS or 0)
-        raise ImageRejected(f"{name} has more than {_megapixels(most)}; resize it") from None
+    except PILImage.DecompressionBombError as error:  # Pillow's own limit, which no option lifts
+        pixels, limit = (_megapixels(int(number)) for number in re.findall(r"\d+", str(error))[:2])
+        raise ImageRejected(
+            f"{name} has {pixels}, at most {limit} are decoded; resize it"
+        ) from None
     except UnidentifiedImageError:
         raise ImageRejected(f"{name} {_what_else(data)}") from None
     except Exception as error:  # see _decode
@@ -282,8 +284,10 @@ def _what_else(data: bytes) -> str:
         return f"is an SVG drawing; convert it to PNG (vlmchat reads {_READS})"
     if start.startswith(b"%pdf-"):
         return f"is a PDF document; export the page as PNG (vlmchat reads {_READS})"
-    if data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or (
-        data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    if (
+        data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
+        or data[8:12] == b"WEBP"
+        or data[4:11] == b"ftypavi"
     ):
         return "is broken: it begins like a picture, but its header makes no sense or is cut off"
     if _is_text(data[:4096]):
@@ -301,7 +305,7 @@ def _is_text(start: bytes) -> bool:
 
 def _broken(data: bytes, name: str, error: Exception) -> ImageRejected:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    if "truncated" in reason.lower() or isinstance(error, EOFError) or _is_cut(data):
+    if re.search("truncated|end of file", reason) or isinstance(error, EOFError) or _is_cut(data):
         return ImageRejected(f"{name} is cut off: the file ends before the picture does")
     return ImageRejected(f"{name} is broken: {reason}")
 
@@ -326,7 +330,10 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     """8-bit RGB over white, a fresh picture without metadata."""
     if image.mode in _WIDE_GREY:
         image = _to_8_bit(image)
-    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+    if image.mode in _WITH_ALPHA or key is not None:
         layer = image.convert("RGBA")
         rgb = PILImage.new("RGB", image.size, "white")
         rgb.paste(layer, mask=layer.getchannel("A"))
