@@ -1,0 +1,61 @@
+"""The command line: parse, build, run. The only place that reads the environment.
+
+Nothing heavy is imported until a command's options have been read, so that help, the version and
+usage errors are quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from vlmchat import __version__
+from vlmchat.commands.chat import chat
+from vlmchat.commands.config import config
+from vlmchat.commands.exit import end_on_signals, reporting
+from vlmchat.commands.options import GroupedCommand, grouped
+
+app = typer.Typer(
+    name="vlmchat",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("chat", cls=GroupedCommand)(grouped(chat))
+app.command("config")(config)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"vlmchat {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def vlmchat(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """Chat with vision-language models."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def command() -> Any:
+    """The whole command tree, as Click has it."""
+    root: Any = typer.main.get_command(app)
+    for param in (p for name in root.commands for p in root.commands[name].params):
+        param.envvar_list_splitter = "\n"  # a question has spaces: one value per line
+    return root
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:]
+    end_on_signals()
+    with reporting(as_json="--json" in arguments, debug="--debug" in arguments):
+        sys.exit(command().main(arguments, prog_name="vlmchat", standalone_mode=False))

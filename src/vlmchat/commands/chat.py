@@ -1,0 +1,180 @@
+"""`vlmchat chat`: one-shot questions, pipes and the interactive chat.
+
+Options -> what is asked -> pictures -> model -> answers. Each step fails before the next, dearer
+one begins. Everything heavy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from vlmchat.commands import sessions
+from vlmchat.commands.exit import reporting
+from vlmchat.commands.options import (
+    ChatOptions,
+    FileOptions,
+    ImageOptions,
+    ModelOptions,
+    OutputOptions,
+    SamplingOptions,
+)
+from vlmchat.commands.settings import given, state_path
+from vlmchat.errors import ConfigError, InvalidRequest, NoInput
+from vlmchat.request import FinishReason
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vlmchat.config import ModelConfig
+    from vlmchat.engine.engine import Engine
+    from vlmchat.output import Printer
+    from vlmchat.request import Status
+    from vlmchat.session import ChatSession, Reply
+
+
+def chat(
+    ctx: typer.Context,
+    asked: ChatOptions,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    images: ImageOptions,
+    output: OutputOptions,
+    file: FileOptions,
+) -> None:
+    """Chat about pictures.
+
+    Without a question this is an interactive chat; with -p, or with a question on stdin, the
+    answer is printed and that is all.
+    """
+    with reporting(as_json=output.as_json, debug=output.debug):
+        questions = read_questions(asked, output)
+        params, config = sampling.build(), model.build()
+        from rich.console import Console
+
+        from vlmchat.images import ImageLoader
+        from vlmchat.store import SessionStore
+
+        out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+        loader = ImageLoader(images.build())
+        pictures = [loader.load(source) for source in asked.images]
+        store = SessionStore(state_path(), loader)
+        saved = sessions.find(asked, store)
+        if saved is not None and "model_path" not in given(ctx):
+            config = replace(config, path=saved.model)
+        with closing(load(config, err, debug=output.debug)) as engine:
+            session = sessions.begin(engine, params, asked.system, saved, given(ctx))
+            for picture in pictures:
+                session.attach(picture)
+            printer = make_printer(output, out, err, engine)
+            if questions is None:
+                raise NotImplementedError
+            ask_all(session, questions, printer)
+
+
+def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
+    """The engine with its model; its stages are shown on `err` while they last."""
+    with err.status("starting", spinner="dots") as status:
+        if not debug:
+            warnings.simplefilter("ignore")  # libraries' words to developers
+
+        def show(stage: str) -> None:
+            if stage.startswith("downloading"):  # the hub's client draws bars of its own
+                status.stop()
+                err.print(stage, markup=False)
+            else:
+                status.update(escape(stage))
+                status.start()
+
+        from rich.markup import escape
+
+        from vlmchat.engine.engine import Engine
+
+        return Engine.load(config, show)
+
+
+def make_printer(output: OutputOptions, out: Console, err: Console, engine: Engine) -> Printer:
+    """JSON or text, followed by the rendered prompt where --debug asks for it."""
+    from vlmchat.output import JsonPrinter, TextPrinter
+
+    printer: Printer
+    if output.as_json:
+        printer = JsonPrinter(sys.stdout, stream_deltas=output.stream)
+    else:
+        printer = TextPrinter(out, err, markdown=output.markdown, stats=err.is_terminal)
+    return _PromptPrinter(printer, engine) if output.debug else printer
+
+
+class _PromptPrinter:
+    """After each answer, the prompt as the model saw it, on stderr."""
+
+    def __init__(self, printer: Printer, engine: Engine) -> None:
+        self._printer = printer
+        self._engine = engine
+
+    def answer(self, reply: Reply, status: Status) -> None:
+        """See `Printer.answer`."""
+        try:
+            self._printer.answer(reply, status)
+        finally:
+            print(self._engine.render(reply.conversation), file=sys.stderr)
+
+
+def ask_all(session: ChatSession, questions: tuple[str, ...], printer: Printer) -> None:
+    """One turn for each question. Ctrl-C ends the run once what was said is out."""
+    from vlmchat.ctrl_c import CtrlC
+
+    for question in questions:
+        with CtrlC() as ctrl_c:
+            reply = session.ask(question)
+            ctrl_c.stops(reply)
+            printer.answer(reply, session.backend.status())
+        if reply.finish_reason is FinishReason.CANCELLED:
+            raise KeyboardInterrupt
+
+
+def read_questions(asked: ChatOptions, output: OutputOptions) -> tuple[str, ...] | None:
+    """What to ask, from -p or stdin; None for an interactive chat.
+
+    Raises ConfigError when options contradict each other, NoInput when there is no question.
+    """
+    if output.stream and not output.as_json:
+        raise ConfigError("--stream goes with --json; plain answers are streamed anyway")
+    if asked.session and asked.resume:
+        raise ConfigError("--session and --continue both name a session; choose one")
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    pictures_on_stdin = asked.images.count("-")
+    if pictures_on_stdin > 1:
+        raise ConfigError("--image - is given twice; stdin holds one picture only")
+    if pictures_on_stdin and at_terminal:
+        raise ConfigError("--image - reads a picture from stdin, which is a terminal; pipe one in")
+    if any(not prompt.strip() for prompt in asked.prompts):
+        raise NoInput("there is no question: -p is empty")
+    if asked.prompts:
+        return asked.prompts
+    if pictures_on_stdin:
+        raise ConfigError("stdin holds the picture (--image -); give the question with -p")
+    if not at_terminal:
+        return (_question_on_stdin(),)
+    if output.as_json or not sys.stdout.isatty():
+        raise ConfigError(
+            "an interactive chat needs a terminal; give the question with -p or stdin"
+        )
+    return None
+
+
+def _question_on_stdin() -> str:
+    try:
+        question = sys.stdin.buffer.read().decode().strip() if sys.stdin is not None else ""
+    except UnicodeDecodeError:
+        raise InvalidRequest(
+            "stdin is not UTF-8 text; pipe a picture in with --image - and ask with -p"
+        ) from None
+    if not question:
+        raise NoInput("there is no question: stdin is empty; ask with -p, or pipe a question in")
+    return question

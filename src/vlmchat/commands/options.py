@@ -1,0 +1,332 @@
+"""Every option of every command, declared once: name, type, default, help.
+
+A command takes whole groups (`model: ModelOptions`); `grouped` unfolds them into single options
+for Typer and folds the values back. Each option gets the environment variable named after it.
+Reads nothing itself and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from vlmchat.commands.settings import read_config
+from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
+from vlmchat.errors import ConfigError
+from vlmchat.request import SamplingParams
+
+POLICY = ImagePolicy()
+SAMPLING = SamplingParams()
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def grouped(function: Callable[..., None]) -> Callable[..., None]:
+    """`function(ctx, *option groups)` as a function of the context and single options."""
+    groups: dict[str, Any] = {n: t for n, t in get_type_hints(function).items() if is_dataclass(t)}
+
+    @wraps(function)
+    def command(ctx: typer.Context, **values: Any) -> None:
+        built = {name: group(**_values(group, values)) for name, group in groups.items()}
+        function(ctx, **built)
+
+    parameters = [Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [p for group in groups.values() for p in _parameters(group)]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _values(group: Any, values: dict[str, Any]) -> dict[str, Any]:
+    named = {field.name: values[field.name] for field in fields(group)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
+
+
+def _parameters(group: Any) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [_parameter(group, field, *get_args(hints[field.name])) for field in fields(group)]
+
+
+def _parameter(group: Any, field: Any, kind: Any, declared: Any) -> Parameter:
+    """One field as Typer wants it: a list for a tuple, the environment variable, the panel."""
+    option = copy(declared)
+    flag = next(f for f in (option.default, *(option.param_decls or ())) if f.startswith("--"))
+    option.envvar = "VLMCHAT_" + flag.split("/")[0].strip("-").replace("-", "_").upper()
+    option.rich_help_panel = group.panel
+    if field.default is False:
+        option.show_default = False
+    if get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    default = Parameter.empty if field.default is MISSING else field.default
+    annotation = Annotated[kind, option]
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its options by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """One section for each group, in the order of declaration."""
+        sections: dict[str, list[Any]] = {}
+        for param in self.get_params(ctx):
+            title = getattr(param, "rich_help_panel", None) or "Other"
+            sections.setdefault(title, []).append(param.get_help_record(ctx))
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record])
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
+    return value
+
+
+def _complete_device(incomplete: str) -> list[str]:
+    return [device for device in DEVICES if device.startswith(incomplete)]
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    """The demo model, the default one, and directories."""
+    start = Path(incomplete)
+    folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
+    try:
+        found = [f"{p}/" for p in folder.iterdir() if p.name.startswith(name) and p.is_dir()]
+    except OSError:
+        found = []
+    return [*(m for m in (DEMO_MODEL, DEFAULT_MODEL) if m.startswith(incomplete)), *sorted(found)]
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """Where the settings come from."""
+
+    panel: ClassVar = "Other"
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Settings file, in TOML.",
+            is_eager=True,  # its values must be known before the other options are read
+            callback=read_config,
+            show_default="vlmchat/config.toml under $XDG_CONFIG_HOME",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model answers, and where it runs."""
+
+    panel: ClassVar = "Model"
+    model_path: Annotated[
+        str,
+        typer.Option(
+            "--model-path",
+            metavar="MODEL",
+            help="'demo', a directory, or a model's name on the Hugging Face hub.",
+            autocompletion=_complete_model,
+        ),
+    ] = DEFAULT_MODEL
+    model_base: Annotated[
+        str | None,
+        typer.Option(
+            "--model-base",
+            metavar="MODEL",
+            help="The model that a LoRA or projector-only checkpoint was made for.",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda, cuda:N or mps.",
+            callback=_device,
+            autocompletion=_complete_device,
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Number format of the weights."),
+    ] = "auto"
+    load_8bit: Annotated[
+        bool, typer.Option("--load-8bit/--no-load-8bit", help="Quantise the weights to 8 bits.")
+    ] = False
+    load_4bit: Annotated[
+        bool, typer.Option("--load-4bit/--no-load-4bit", help="Quantise the weights to 4 bits.")
+    ] = False
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            "--context-length",
+            metavar="TOKENS",
+            min=1,
+            help="Room for the conversation and its answer; unset: what the model was made for.",
+        ),
+    ] = None
+    conv_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--conv-mode",
+            metavar="NAME",
+            help="Prompt format of an original LLaVA checkpoint; unset: the checkpoint's own.",
+        ),
+    ] = None
+
+    def build(self) -> ModelConfig:
+        """The settings for the engine; ConfigError when both quantisations are asked for."""
+        if self.load_8bit and self.load_4bit:
+            raise ConfigError("--load-8bit and --load-4bit are both on; choose one")
+        return ModelConfig(
+            path=self.model_path,
+            base=self.model_base,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            quantization="8bit" if self.load_8bit else "4bit" if self.load_4bit else None,
+            context_length=self.context_length,
+            conv_mode=self.conv_mode,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What a picture may cost, and where it may come from."""
+
+    panel: ClassVar = "Pictures"
+    max_image_bytes: Annotated[
+        int, typer.Option("--max-image-bytes", metavar="BYTES", min=1, help="Largest file.")
+    ] = POLICY.max_bytes
+    max_image_pixels: Annotated[
+        int, typer.Option("--max-image-pixels", metavar="PIXELS", min=1, help="Largest picture.")
+    ] = POLICY.max_pixels
+    image_timeout: Annotated[
+        float,
+        typer.Option("--image-timeout", metavar="SECONDS", min=0.001, help="Deadline of a fetch."),
+    ] = POLICY.timeout_s
+    allow_private_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-urls/--no-allow-private-urls",
+            help="Fetch from addresses that are not public, such as localhost.",
+        ),
+    ] = POLICY.allow_private_urls
+
+    def build(self) -> ImagePolicy:
+        """The limits for the image loader."""
+        return ImagePolicy(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            timeout_s=self.image_timeout,
+            allow_private_urls=self.allow_private_urls,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How answers are drawn."""
+
+    panel: ClassVar = "Answers"
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="NUMBER", help="0 is deterministic.")
+    ] = SAMPLING.temperature
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", metavar="SHARE", help="Draw from the likeliest tokens; 1 is off."),
+    ] = SAMPLING.top_p
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", metavar="COUNT", help="Draw from so many tokens; 0 is off."),
+    ] = SAMPLING.top_k
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="TOKENS", help="Longest answer.")
+    ] = SAMPLING.max_new_tokens
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="NUMBER", help="Repeat the same draw; unset: a fresh one."),
+    ] = None
+    stop: Annotated[
+        tuple[str, ...],
+        typer.Option("--stop", metavar="TEXT", help="End the answer before this text; repeatable."),
+    ] = ()
+
+    def build(self) -> SamplingParams:
+        """The checked parameters; ConfigError names the option that is wrong."""
+        return sampling_params(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What is asked."""
+
+    panel: ClassVar = "Conversation"
+    images: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--image",
+            "--image-file",
+            metavar="PATH|URL",
+            help="A picture for the first question; '-' is stdin; repeatable.",
+        ),
+    ] = ()
+    prompts: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Ask this and exit; repeated: one turn after the other.",
+        ),
+    ] = ()
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system prompt.")
+    ] = None
+    session: Annotated[
+        str | None,
+        typer.Option("--session", metavar="NAME", help="Resume or begin the session of that name."),
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--continue/--no-continue", help="Resume the last session.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """How answers are shown."""
+
+    panel: ClassVar = "Output"
+    as_json: Annotated[
+        bool, typer.Option("--json/--no-json", help="One JSON object per answer, on one line.")
+    ] = False
+    stream: Annotated[
+        bool,
+        typer.Option("--stream/--no-stream", help="With --json: an event per piece of text too."),
+    ] = False
+    markdown: Annotated[
+        bool, typer.Option("--markdown/--no-markdown", help="Render answers as Markdown.")
+    ] = True
+    debug: Annotated[
+        bool,
+        typer.Option("--debug/--no-debug", help="Show the full prompt, and where errors arose."),
+    ] = False

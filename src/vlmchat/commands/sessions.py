@@ -1,0 +1,51 @@
+"""Which saved session a chat goes on with, and what of it the command line replaces.
+
+Called by `chat`, before the model is loaded (to fail early) and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vlmchat.commands.options import ChatOptions
+from vlmchat.conversation import Conversation
+from vlmchat.errors import SessionError
+
+if TYPE_CHECKING:
+    from vlmchat.request import Backend, SamplingParams
+    from vlmchat.session import ChatSession
+    from vlmchat.session_file import SavedSession
+    from vlmchat.store import SessionStore
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
+
+
+def find(asked: ChatOptions, store: SessionStore) -> SavedSession | None:
+    """The session to go on with; None for a new one. Raises SessionError."""
+    name = store.latest() if asked.resume else asked.session
+    if asked.resume and name is None:
+        raise SessionError("there is no session to continue; the first chat makes one")
+    if name is None or not (asked.resume or store.exists(name)):
+        return None
+    return replace(store.load(name), name=name)
+
+
+def begin(
+    backend: Backend,
+    params: SamplingParams,
+    system: str | None,
+    saved: SavedSession | None,
+    given: frozenset[str],
+) -> ChatSession:
+    """A new session, or the saved one with the options in `given` in place of its own."""
+    from vlmchat.session import ChatSession
+    from vlmchat.session_file import resume
+
+    if saved is None:
+        return ChatSession(backend, params, Conversation(system=system or ""))
+    changed = {name: getattr(params, name) for name in SAMPLING if name in given}
+    session = resume(saved, backend, replace(saved.params, **changed))
+    if system is not None and "system" in given:
+        session.set_system(system)
+    return session

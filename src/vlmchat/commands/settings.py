@@ -1,0 +1,131 @@
+"""Where option values come from: flag > environment > config file > default.
+
+Typer does the merging; this gives it the file's values before it reads the other options, and
+tells afterwards which origin won. Called while the command line is parsed. Reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import typer
+
+from vlmchat.errors import ConfigError
+
+UNSETTABLE = ("config", "help")  # parameters that a config file cannot hold
+
+
+def config_path() -> Path:
+    """The config file's usual place, by the XDG rule."""
+    return _xdg("XDG_CONFIG_HOME", ".config") / "config.toml"
+
+
+def state_path() -> Path:
+    """The directory of sessions and of the line history, by the XDG rule."""
+    return _xdg("XDG_STATE_HOME", ".local/state")
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    folder = Path(os.environ.get(variable, ""))
+    return (folder if folder.is_absolute() else Path.home() / fallback) / "vlmchat"
+
+
+def read_config(ctx: typer.Context, value: Path | None) -> Path:
+    """Callback of --config: the file's values become the defaults of this command's options.
+
+    Raises ConfigError when the file cannot be read, holds a key that no option has, or a value of
+    the wrong kind. A missing file is an error only when it was asked for.
+    """
+    path = value or config_path()
+    if not ctx.resilient_parsing and (value is not None or path.exists()):
+        ctx.default_map = _values(path, ctx)
+    return path
+
+
+def _values(path: Path, ctx: typer.Context) -> dict[str, Any]:
+    """Option values by parameter name; the command's own table wins over the keys above it."""
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {path}: {reason}") from None
+    table = document.pop(str(ctx.info_name), {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {ctx.info_name!r} must be a table: [{ctx.info_name}]")
+    options = _options_by_key(ctx)
+    merged = {}
+    for key, value in [*document.items(), *table.items()]:
+        name = key.replace("_", "-")
+        if name not in options:
+            close = get_close_matches(name, options, n=1)
+            raise ConfigError(
+                f"{path}: unknown setting {key!r}" + (f"; is it {close[0]!r}?" if close else "")
+            )
+        param, negated = options[name]
+        checked = _checked(f"{path}: {key}", value, param.type_descriptor.annotation)
+        merged[param.name] = not checked if negated else checked
+    return merged
+
+
+def _options_by_key(ctx: typer.Context) -> dict[str, tuple[Any, bool]]:
+    """Key -> (option, whether the key is its negative form), for all but --config and --help."""
+    options: dict[str, tuple[Any, bool]] = {}
+    for param in ctx.command.params:
+        if param.name not in UNSETTABLE:
+            options |= {flag[2:]: (param, False) for flag in param.opts if flag[:2] == "--"}
+            options |= {flag[2:]: (param, True) for flag in param.secondary_opts}
+    return options
+
+
+def _checked(where: str, value: Any, kind: Any) -> Any:
+    """`value` if TOML's type fits the option's, one item for a list included."""
+    if get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_checked(where, item, get_args(kind)[0]) for item in items]
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    wanted = next((k for k in names if kind is k or k in get_args(kind)), str)
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits:
+        raise ConfigError(f"{where} is {value!r}; it must be {names.get(wanted, 'a text')}")
+    return value
+
+
+def given(ctx: typer.Context) -> frozenset[str]:
+    """The parameters set by a flag or a variable: they win over what a saved session holds."""
+    names = (param.name for param in ctx.command.params)
+    sources = {name: ctx.get_parameter_source(name) for name in names if name}
+    return frozenset(
+        n for n, s in sources.items() if s and s.name in ("COMMANDLINE", "ENVIRONMENT")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One option's value in force, and where it comes from."""
+
+    key: str
+    value: Any
+    origin: str  # environment | file | default
+    place: str | None  # the variable's name, the file's path
+
+
+def settings(command: Any, parent: typer.Context | None) -> tuple[Path, list[Setting]]:
+    """The config file, and what every option of `command` would be if no flag were given."""
+    ctx = command.make_context(command.name, [], parent=parent)
+    shown = [param for param in command.params if param.name not in UNSETTABLE]
+    return ctx.params["config"], [_setting(ctx, param) for param in shown]
+
+
+def _setting(ctx: typer.Context, param: Any) -> Setting:
+    origins = {
+        "ENVIRONMENT": ("environment", param.envvar),
+        "DEFAULT_MAP": ("file", str(ctx.params["config"])),
+    }
+    source = ctx.get_parameter_source(param.name)
+    origin, place = origins.get(source.name if source else "", ("default", None))
+    return Setting(param.opts[0].lstrip("-"), ctx.params[param.name], origin, place)

@@ -1,0 +1,152 @@
+"""The whole command line: help, versions, usage errors, completion, signals, pipes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Cli
+from vlmchat import __version__
+
+HEAVY = ("torch", "transformers", "PIL", "prompt_toolkit", "httpx2", "huggingface_hub", "numpy")
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--help"], id="help"),
+        pytest.param(["--version"], id="version"),
+        pytest.param(["chat", "--help"], id="chat-help"),
+        pytest.param(["chat", "--temperature", "hot"], id="bad-value"),
+        pytest.param(["chat", "--temprature", "1"], id="unknown-flag"),
+        pytest.param(["chat", "--load-4bit", "--load-8bit", "-p", "x"], id="contradiction"),
+        pytest.param(["config"], id="config"),
+    ],
+)
+def test_main_imports_nothing_heavy_when_no_model_is_needed(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom vlmchat.commands import main\n"
+        f"sys.argv = ['vlmchat', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_version_is_one_line(cli: Cli) -> None:
+    assert cli("--version").out == f"vlmchat {__version__}\n"
+
+
+def test_main_shows_help_on_stderr_when_no_command_is_given(cli: Cli) -> None:
+    run = cli()
+    assert (run.code, run.out) == (2, "")
+    assert "Usage: vlmchat" in run.err
+
+
+def test_usage_error_is_one_line_with_a_hint(cli: Cli) -> None:
+    run = cli("chat", "--temprature", "1")
+    assert run.code == 2
+    assert run.err.startswith("vlmchat: no such option: --temprature")
+    assert run.err.count("\n") == 1
+    assert "--temperature" in run.err
+
+
+def test_usage_error_names_the_variable_when_the_value_came_from_it(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLMCHAT_DTYPE", "float8")
+    assert cli("chat").err.startswith("vlmchat: --dtype (set in VLMCHAT_DTYPE): 'float8' is not")
+
+
+def test_help_lists_every_option_with_its_variable(cli: Cli) -> None:
+    text = " ".join(cli("chat", "--help").out.split())
+    for flag in ("--model-path", "--image, --image-file", "--load-4bit", "--max-new-tokens"):
+        assert flag in text
+    assert "VLMCHAT_MODEL_PATH" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        pytest.param("vlmchat chat --model-path de", ["demo"], id="model"),
+        pytest.param("vlmchat chat --device cu", ["cuda"], id="device"),
+        pytest.param("vlmchat chat --dtype fl", ["float32", "float16"], id="dtype"),
+        pytest.param("vlmchat ch", ["chat"], id="command"),
+    ],
+)
+def test_bash_completion_offers_values(words: str, expected: list[str]) -> None:
+    count = str(len(words.split()) - 1)
+    env = {"_VLMCHAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
+    command = [sys.executable, "-m", "vlmchat"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | env, check=False
+    )
+    assert done.stdout.split() == expected
+
+
+def test_chat_is_quiet_when_the_reader_goes_away(start: Start) -> None:
+    with start("chat", "-p", "count") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3) == b"0 1"
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_chat_ends_with_130_after_ctrl_c_and_keeps_what_was_said(start: Start) -> None:
+    process = start("chat", "-p", "count", "--json", "--stream")
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert b'"type": "delta"' in first
+    assert b'"finish_reason": "cancelled"' in out.splitlines()[-1]
+    assert b'"code": "interrupted"' in err
+    assert process.returncode == 130
+
+
+def test_chat_ends_with_143_when_terminated(start: Start) -> None:
+    process = start("chat", "-p", "count")
+    assert process.stdout is not None
+    process.stdout.read(3)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start("chat", "-p", "count", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 74
+    assert err == b"vlmchat: no space left on device\n"
+
+
+def test_main_reports_a_bug_on_one_line_when_debug_is_off(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.backend, "count", lambda _: 1 / 0)
+    run = cli("chat", "-p", "hello")
+    assert run.code == 70
+    assert run.err == (
+        "vlmchat: internal error: ZeroDivisionError: division by zero; --debug shows where\n"
+    )
+
+
+def test_main_shows_where_a_bug_is_when_debug_is_on(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.backend, "count", lambda _: 1 / 0)
+    assert "Traceback" in cli("chat", "-p", "hello", "--debug").err
