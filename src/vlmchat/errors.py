@@ -7,6 +7,7 @@ line in lower case: what was wrong, with which input, and what to do. No torch, 
 VlmchatError
 ├─ ConfigError              an option, a variable or the config file holds a bad value
 ├─ InvalidRequest           the request itself cannot be served
+│  ├─ NoInput               nothing was asked
 │  ├─ UnsupportedParameter
 │  ├─ PromptTooLong
 │  └─ ImageError
@@ -56,6 +57,13 @@ class InvalidRequest(VlmchatError):
     code = "invalid_request"
     http_status = 400
     exit_code = 65
+
+
+class NoInput(InvalidRequest):
+    """Nothing was asked: there is no question on stdin."""
+
+    code = "no_input"
+    exit_code = 66
 
 
 class UnsupportedParameter(InvalidRequest):
