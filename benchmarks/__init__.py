@@ -1,0 +1,1 @@
+"""Benchmarks, run by `make bench`. Results with machine and date stand in docs/performance.md."""
