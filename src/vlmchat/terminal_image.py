@@ -95,8 +95,8 @@ def _size_in_cells(pixels: PILImage.Image, max_columns: int, screen_rows: int) -
     """(columns, rows) that keep the picture's proportions."""
     rows = max(1, min(_MAX_ROWS, screen_rows // 3))
     columns_per_row = _CELL_ASPECT * pixels.width / pixels.height
-    columns = min(max_columns, round(rows * columns_per_row))
-    return max(1, columns), max(1, min(rows, round(columns / columns_per_row)))
+    columns = max(1, min(max_columns, round(rows * columns_per_row)))
+    return columns, max(1, min(rows, round(columns / columns_per_row)))
 
 
 def _half_blocks(pixels: PILImage.Image, columns: int, rows: int) -> Iterator[Segment]:
