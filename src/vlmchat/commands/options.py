@@ -115,10 +115,9 @@ class FileOptions:
         typer.Option(
             "--config",
             metavar="FILE",
-            help="Settings file, in TOML.",
+            help="Settings file, in TOML; unset: vlmchat/config.toml under $XDG_CONFIG_HOME.",
             is_eager=True,  # its values must be known before the other options are read
             callback=read_config,
-            show_default="vlmchat/config.toml under $XDG_CONFIG_HOME",
         ),
     ] = None
 
