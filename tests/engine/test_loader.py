@@ -70,6 +70,20 @@ def test_quantised_model_answers_on_a_cpu(tiny: Path, quantization: str) -> None
     assert answer(ModelConfig(str(tiny), device="cpu", quantization=quantization))
 
 
+def test_conv_mode_replaces_the_checkpoints_template(tiny: Path) -> None:
+    engine = Engine.load(ModelConfig(str(tiny), device="cpu", conv_mode="chatml_direct"))
+    prompt = engine.render(Conversation().ask("what is it", (noise_image(1),)))
+    assert prompt.startswith("<|im_start|>system\nAnswer the questions.")
+    assert engine.count(Conversation().ask("<image>", (noise_image(1),))).image_tokens == 4
+    engine.close()
+
+
+def test_load_refuses_an_unknown_conv_mode(tiny: Path) -> None:
+    error = load_error(ModelConfig(str(tiny), conv_mode="llava_v2"))
+    assert isinstance(error, ConfigError)
+    assert "llava_v1" in error.message
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_model_answers_in_each_dtype(tiny: Path, dtype: str) -> None:
     assert answer(ModelConfig(str(tiny), device="cpu", dtype=dtype))

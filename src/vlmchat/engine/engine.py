@@ -101,7 +101,7 @@ class Engine:
 
         loaded = load_model(config, progress)
         runner = EagerRunner(loaded.model, VisionCache(loaded.model), num_slots=1)
-        processor = Processor(loaded.processor, loaded.spec)
+        processor = Processor(loaded.processor, loaded.spec, loaded.template)
         return cls(runner, processor, Sampler, loaded.spec.eos_token_ids, loaded.status)
 
     def stream(self, conversation: Conversation, params: SamplingParams) -> EngineStream:
@@ -111,7 +111,8 @@ class Engine:
         if len(prompt.ids) > limit:
             raise PromptTooLong(len(prompt.ids), limit, prompt.num_image_tokens)
         stream = EngineStream()
-        detokenizer = Detokenizer(self._processor.tokenizer, params.stop)
+        stop = params.stop + self._processor.stop
+        detokenizer = Detokenizer(self._processor.tokenizer, stop)
         sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, stream.put)
         sequence.sampler_state = self._make_sampler(params)
         stream.sequence = sequence

@@ -22,6 +22,7 @@ from vlmchat.config import ModelConfig
 from vlmchat.engine.hub import find_checkpoint
 from vlmchat.engine.memory import check_memory
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
+from vlmchat.engine.templates import ConversationTemplate, template
 from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
 from vlmchat.request import Status
 
@@ -36,6 +37,7 @@ class LoadedModel:
     processor: Any
     spec: ModelSpec
     status: Status
+    template: ConversationTemplate | None  # in place of the checkpoint's own
 
 
 def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedModel:
@@ -43,6 +45,7 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     started = time.perf_counter()
     _quiet_libraries()
     device = pick_device(config.device)
+    chosen = template(config.conv_mode) if config.conv_mode else None
     if config.base is not None:
         raise UnsupportedModel("--model-base is not served yet; give a merged checkpoint")
     directory = find_checkpoint(config.path, config.revision, progress)
@@ -71,7 +74,7 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
             ("runner", "eager"),
         ),
     )
-    return LoadedModel(model, processor, spec, status)
+    return LoadedModel(model, processor, spec, status, chosen)
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from typing import Any
 from vlmchat.conversation import Conversation, Image, Message
 from vlmchat.engine.sequence import ImageSpan, Prompt, image_match_id
 from vlmchat.engine.spec import ModelSpec
+from vlmchat.engine.templates import IMAGE_MARKER, ConversationTemplate
 from vlmchat.errors import UnsupportedModel
 from vlmchat.request import PromptSize
 
@@ -26,16 +27,24 @@ TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 class Processor:
     """Renders and counts prompts for one model, with its transformers processor."""
 
-    def __init__(self, hf_processor: Any, spec: ModelSpec) -> None:
-        """Raises UnsupportedModel when the checkpoint brings no chat template."""
-        if not hf_processor.chat_template:
+    def __init__(
+        self, hf_processor: Any, spec: ModelSpec, template: ConversationTemplate | None = None
+    ) -> None:
+        """template: used in place of the checkpoint's own.
+
+        Raises UnsupportedModel when there is neither.
+        """
+        if template is None and not hf_processor.chat_template:
             raise UnsupportedModel("the checkpoint has no chat template; choose one by --conv-mode")
         self._hf = hf_processor
         self._spec = spec
+        self._jinja = template.jinja if template else None
+        self._marker = IMAGE_MARKER if template else spec.image_token
+        self.stop = template.stop if template else ()  # strings that end an answer
         self._inputs: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._num_tokens: dict[str, int] = {}
         self._lock = Lock()
-        specials = {*hf_processor.tokenizer.all_special_tokens, spec.image_token}
+        specials = {*hf_processor.tokenizer.all_special_tokens, spec.image_token, self._marker}
         self._special = re.compile("|".join(re.escape(token) for token in sorted(specials)))
 
     @property
@@ -49,7 +58,10 @@ class Processor:
         if not messages:
             return ""
         text: str = self._hf.apply_chat_template(
-            messages, add_generation_prompt=conversation.pending is not None, tokenize=False
+            messages,
+            chat_template=self._jinja,
+            add_generation_prompt=conversation.pending is not None,
+            tokenize=False,
         )
         return text
 
@@ -73,7 +85,7 @@ class Processor:
         text = self.render(conversation)
         if not text:
             return []
-        parts = text.split(self._spec.image_token)
+        parts = text.split(self._marker)
         for image in conversation.images:
             self._image_inputs(image)
         placeholders = [

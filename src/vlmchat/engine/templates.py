@@ -16,6 +16,10 @@ from typing import Any
 from vlmchat.errors import ConfigError
 
 
+# What stands for a picture in a rendered prompt.
+IMAGE_MARKER = "<image>"
+
+
 @dataclass(frozen=True, slots=True)
 class ConversationTemplate:
     """A prompt format.
