@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Literal
@@ -28,7 +29,7 @@ Protocol = Literal["kitty", "iterm2", "sixel", "blocks"]
 
 _MAX_ROWS = 16
 _CELL_ASPECT = 2  # a character cell is about twice as high as wide
-_CELL_HEIGHT_PX = 20
+_CELL_HEIGHT_PX = 20  # where the terminal does not say
 _KITTY_CHUNK = 4096  # kitty graphics protocol: base64 characters per escape sequence
 _SIXEL_COLOURS = 256
 _SIXEL_EMPTY = 63  # "?": no pixel of the six in this column
@@ -77,9 +78,9 @@ def _print(pixels: PILImage.Image, protocol: Protocol, console: Console) -> None
     if protocol == "blocks":
         console.print(Segments(_half_blocks(pixels, columns, rows)), end="")
         return
+    cell_height_px = _cell_height_px(console)
     small = pixels.copy()
-    height_px = rows * _CELL_HEIGHT_PX
-    small.thumbnail((max(1, columns * _CELL_HEIGHT_PX // _CELL_ASPECT), height_px))
+    small.thumbnail((max(1, columns * cell_height_px // _CELL_ASPECT), rows * cell_height_px))
     match protocol:
         case "kitty":
             sequence = _kitty(small, columns, rows)
@@ -97,6 +98,18 @@ def _size_in_cells(pixels: PILImage.Image, max_columns: int, screen_rows: int) -
     columns_per_row = _CELL_ASPECT * pixels.width / pixels.height
     columns = max(1, min(max_columns, round(rows * columns_per_row)))
     return columns, max(1, min(rows, round(columns / columns_per_row)))
+
+
+def _cell_height_px(console: Console) -> int:
+    try:
+        import fcntl
+        import termios
+
+        size = fcntl.ioctl(console.file.fileno(), termios.TIOCGWINSZ, bytes(8))
+    except (ImportError, OSError):  # no such call on Windows, or not a real terminal
+        return _CELL_HEIGHT_PX
+    rows, _, _, height_px = struct.unpack("4H", size)
+    return height_px // rows if rows and height_px >= rows else _CELL_HEIGHT_PX
 
 
 def _half_blocks(pixels: PILImage.Image, columns: int, rows: int) -> Iterator[Segment]:
