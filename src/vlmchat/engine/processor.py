@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from vlmchat.conversation import Conversation, Image, Message
 from vlmchat.engine.sequence import ImageSpan, Prompt, image_match_id
@@ -20,8 +23,29 @@ from vlmchat.errors import UnsupportedModel
 from vlmchat.request import PromptSize
 
 # Processed pictures kept for the next turn's prompt; a LLaVA-1.5 picture is 1.4 MB in float32.
-MAX_PROCESSED_IMAGES = 16
-TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+MAX_PROCESSED_BYTES = 256 * 2**20
+# What a processor returns besides a picture's own inputs.
+OFFSETS = "text_replacement_offsets"
+TEXT_KEYS = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "labels",
+    OFFSETS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """What stands for one picture in a prompt.
+
+    text: in place of the image token; between placeholders it may hold words and row marks.
+    num_tokens: how many of its tokens are the image token.
+    """
+
+    text: str
+    num_tokens: int
 
 
 class Processor:
@@ -30,7 +54,12 @@ class Processor:
     def __init__(
         self, hf_processor: Any, spec: ModelSpec, template: ConversationTemplate | None = None
     ) -> None:
-        """template: used in place of the checkpoint's own.
+        """hf_processor: a transformers processor, or an object with what is used of one here:
+        `.tokenizer`, `.chat_template`, `.apply_chat_template`, and a call with `images=[one]`,
+        `text=[image token]` and keywords that it may ignore, which gives `input_ids` and the
+        picture's inputs. `.tokenizer` is given the whole prompt with every picture's placeholders
+        in it, and may split it as it likes.
+        template: used in place of the checkpoint's own.
 
         Raises UnsupportedModel when there is neither.
         """
@@ -42,7 +71,7 @@ class Processor:
         self._marker = IMAGE_MARKER if template else spec.image_token
         self.stop = template.stop if template else ()  # strings that end an answer
         self._inputs: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._num_tokens: dict[str, int] = {}
+        self._placeholders: dict[str, Placeholder] = {}  # by digest; some kB each, never dropped
         self._lock = Lock()
         specials = {*hf_processor.tokenizer.all_special_tokens, spec.image_token, self._marker}
         self._special = re.compile("|".join(re.escape(token) for token in sorted(specials)))
@@ -67,37 +96,38 @@ class Processor:
 
     def count(self, conversation: Conversation) -> PromptSize:
         """Exact size of the prompt."""
-        ids = self._ids(conversation)
-        return PromptSize(len(ids), ids.count(self._spec.image_token_id))
+        ids, spans = self._ids_and_spans(conversation)
+        return PromptSize(len(ids), sum(stop - start for start, stop in spans))
 
     def encode(self, conversation: Conversation) -> Prompt:
         """The prompt as token ids with the pictures' inputs."""
-        ids = self._ids(conversation)
-        match_ids, spans, position = list(ids), [], 0
-        for image in conversation.images:
-            start = ids.index(self._spec.image_token_id, position)
-            position = start + self._num_tokens[image.digest]
-            match_ids[start:position] = [image_match_id(image.digest)] * (position - start)
-            spans.append(ImageSpan(start, position, image.digest, self._image_inputs(image)))
-        return Prompt(tuple(ids), tuple(match_ids), tuple(spans))
+        ids, spans = self._ids_and_spans(conversation)
+        match_ids, images = list(ids), []
+        for image, (start, stop) in zip(conversation.images, spans, strict=True):
+            match_ids[start:stop] = [image_match_id(image.digest)] * (stop - start)
+            images.append(ImageSpan(start, stop, image.digest, self._image_inputs(image)))
+        return Prompt(tuple(ids), tuple(match_ids), tuple(images))
 
-    def _ids(self, conversation: Conversation) -> list[int]:
+    def _ids_and_spans(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each picture the range from its first to its last image token."""
         text = self.render(conversation)
         if not text:
-            return []
-        parts = text.split(self._marker)
-        for image in conversation.images:
-            self._image_inputs(image)
-        placeholders = [
-            self._spec.image_token * self._num_tokens[image.digest] for image in conversation.images
-        ]
+            return [], []
+        placeholders = [self._placeholder(image) for image in conversation.images]
+        parts, fillings = text.split(self._marker), [p.text for p in placeholders]
         expanded = "".join(
-            part + placeholder for part, placeholder in zip(parts, [*placeholders, ""], strict=True)
+            part + filling for part, filling in zip(parts, [*fillings, ""], strict=True)
         )
         bos = self.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
         ids: list[int] = self.tokenizer(expanded, add_special_tokens=add_special)["input_ids"]
-        return ids
+        positions = [i for i, token in enumerate(ids) if token == self._spec.image_token_id]
+        spans, used = [], 0
+        for placeholder in placeholders:
+            last = used + placeholder.num_tokens - 1
+            spans.append((positions[used], positions[last] + 1))
+            used = last + 1
+        return ids, spans
 
     def _template_message(self, message: Message) -> dict[str, Any]:
         content: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
@@ -108,18 +138,28 @@ class Processor:
         """Text in which no special token can be read: `</s>` typed by a person is five letters."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
+    def _placeholder(self, image: Image) -> Placeholder:
+        if image.digest not in self._placeholders:
+            self._image_inputs(image)
+        return self._placeholders[image.digest]
+
     def _image_inputs(self, image: Image) -> dict[str, Any]:
         with self._lock:
             inputs = self._inputs.pop(image.digest, None)
             if inputs is None:
                 inputs = self._process(image)
             self._inputs[image.digest] = inputs
-            while len(self._inputs) > MAX_PROCESSED_IMAGES:
+            while len(self._inputs) > 1 and self._num_bytes() > MAX_PROCESSED_BYTES:
                 self._inputs.popitem(last=False)
             return inputs
 
+    def _num_bytes(self) -> int:
+        return sum(array.nbytes for inputs in self._inputs.values() for array in inputs.values())
+
     def _process(self, image: Image) -> dict[str, Any]:
-        output = self._hf(images=[image.pixels], text=[self._spec.image_token], return_tensors="np")
-        ids = output["input_ids"][0].tolist()
-        self._num_tokens[image.digest] = ids.count(self._spec.image_token_id)
-        return {name: value for name, value in output.items() if name not in TEXT_KEYS}
+        token = self._spec.image_token
+        output = self._hf(images=[image.pixels], text=[token], return_text_replacement_offsets=True)
+        num_tokens = list(output["input_ids"][0]).count(self._spec.image_token_id)
+        replaced = output[OFFSETS][0][0]["replacement"] if OFFSETS in output else token * num_tokens
+        self._placeholders[image.digest] = Placeholder(replaced, num_tokens)
+        return {name: np.asarray(v) for name, v in output.items() if name not in TEXT_KEYS}
