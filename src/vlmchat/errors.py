@@ -19,6 +19,7 @@ VlmchatError
 │  ├─ ModelNotFound
 │  ├─ UnsupportedModel
 │  └─ CheckpointError       files missing, tensors missing or wrongly shaped
+├─ DiskFull                 no room for a download
 ├─ OutOfMemory              before loading (with the numbers) or during an answer
 ├─ SessionError             a saved conversation cannot be read or written
 ├─ TerminalError            the clipboard or the terminal cannot do what was asked
@@ -146,6 +147,14 @@ class CheckpointError(ModelError):
     """The checkpoint's files are missing, broken or do not fit its config."""
 
     code = "checkpoint"
+
+
+class DiskFull(VlmchatError):
+    """No room on the disk for a download."""
+
+    code = "disk_full"
+    http_status = 507
+    exit_code = 74
 
 
 class OutOfMemory(VlmchatError):

@@ -1,98 +1,248 @@
 """Find a checkpoint: the shipped demo, a directory, the local cache, or the Hugging Face hub.
 
-Called by the loader. Knows files only, nothing of models; no torch. What is cached is found
-without touching the network; a download that was interrupted is taken up where it stopped.
+Called by the loader and by `vlmchat models`. Knows which files a model needs, nothing of what is
+in them; no torch. What is cached is found without touching the network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import errors, hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+)
 
 from vlmchat.config import DEMO_MODEL
+from vlmchat.engine.download import Listing, ask, fetch, unreachable
 from vlmchat.engine.spec import check_config
-from vlmchat.errors import ModelNotFound, NetworkError
+from vlmchat.errors import ModelNotFound, NetworkError, UnsupportedModel
 
-# Weights come as safetensors where a repository has them; .bin shards only where it has not.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-SAFETENSORS = "*.safetensors"
-PICKLED = "*.bin"
+Progress = Callable[[str], None]
+# Names of a repository's files -> those that are needed.
+Choice = Callable[[Iterable[str]], list[str]]
+
+CONFIGS = ("config.json", "adapter_config.json")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+# Whole models; safetensors are taken where a repository has both.
+WHOLE = (
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
+    re.compile(r"(?!adapter|consolidated).+\.safetensors"),
+)
+# What stands in place of a whole model in LLaVA's LoRA and projector-only checkpoints.
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+LORA_REST = "non_lora_trainables.bin"
+PROJECTOR = "mm_projector.bin"
 
 
-def find_checkpoint(path: str, revision: str | None, progress: Callable[[str], None]) -> Path:
+def find_checkpoint(path: str, revision: str | None, progress: Progress) -> Path:
     """The directory of a checkpoint, downloaded if need be.
 
-    path: `demo`, a directory, or a hub id (`owner/name`).
-    Raises ModelNotFound, or NetworkError when a download is needed and cannot be had.
+    path: `demo`, a directory, or a hub id (`owner/name`). Where a checkpoint in LLaVA's own layout
+    has to be downloaded, its vision tower comes first, so that nothing large is fetched in vain.
+    Raises ModelNotFound, UnsupportedModel, DiskFull, or NetworkError when a download is needed and
+    cannot be had; it names what is missing.
     """
     if path == DEMO_MODEL:
         return Path(str(files("vlmchat.demo") / "model"))
     directory = Path(path).expanduser()
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
+        if not any((directory / name).is_file() for name in CONFIGS):
             raise ModelNotFound(f"{path} has no config.json, so it is not a model directory")
         return directory
     if directory.exists():
         raise ModelNotFound(f"{path} is a file; --model-path takes a directory or a hub id")
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if not _is_hub_id(path):
         raise ModelNotFound(f"no model at {path}: no such directory, and not a hub id (owner/name)")
-    return _cached(path, revision) or _download(path, revision, progress)
+    found = cached(path, revision)
+    if found is not None and not missing_files(found):
+        return found
+    return pull(path, revision, progress)
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
-    try:
-        directory = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except errors.IncompleteSnapshotError as error:
-        directory = Path(error.snapshot_path)  # perhaps only files that are not needed are missing
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-        return None
-    return directory if _is_complete(directory) else None
+def find_tower(name: str, relative_to: Path, progress: Progress, *, weights: bool = True) -> Path:
+    """The directory of the vision tower that a checkpoint names in `mm_vision_tower`.
 
-
-def _is_complete(directory: Path) -> bool:
-    """Whether the config and all weight files that its index names are there."""
-    if not (directory / "config.json").is_file():
-        return False
-    for weights in (SAFETENSORS, PICKLED):
-        for index in directory.glob(f"{weights}.index.json"):
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            return all((directory / name).is_file() for name in names)
-        if any(directory.glob(weights)):
-            return True
-    return False
-
-
-def _download(repo: str, revision: str | None, progress: Callable[[str], None]) -> Path:
-    try:
-        config = hf_hub_download(repo, "config.json", revision=revision)
-        check_config(json.loads(Path(config).read_text()), repo)
-        names = list_repo_files(repo, revision=revision)
-        weights = SAFETENSORS if any(n.endswith(".safetensors") for n in names) else PICKLED
-        patterns = [*SMALL_FILES, weights]
-        plan = snapshot_download(repo, revision=revision, allow_patterns=patterns, dry_run=True)
-        missing = [file for file in plan if file.will_download]
-        size_gb = sum(file.file_size for file in missing) / 1e9
-        progress(
-            f"downloading {repo}: {size_gb:.1f} GB in {len(missing)} files "
-            "(Ctrl-C stops; the next start goes on from there)"
-        )
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFound(f"model {repo} has no revision {revision}") from error
-    except errors.GatedRepoError as error:
-        raise ModelNotFound(f"model {repo} is gated: accept its terms and set HF_TOKEN") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+    name: a hub id, or a path: absolute, or relative to the working directory or to the
+    checkpoint, `relative_to`. weights False: the checkpoint brings its own, only config and
+    preprocessor are needed. Raises as `find_checkpoint` does, with the tower's name.
+    """
+    for directory in (Path(name).expanduser(), relative_to / name):
+        if (directory / "config.json").is_file():
+            return directory
+    if not _is_hub_id(name):
         raise ModelNotFound(
-            f"no model {repo} on the hub, or it is private (then set HF_TOKEN)"
-        ) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise ModelNotFound(f"{repo} has no config.json, so it is not a model") from error
-    except (errors.HTTPError, OSError) as error:
-        raise NetworkError(
-            f"{repo} is not on this machine and the hub does not answer; check the network, "
-            f"or use the built-in model: --model-path {DEMO_MODEL}"
-        ) from error
+            f"the vision tower {name}, which the checkpoint names, is not on this machine; "
+            "put it there, or name another in mm_vision_tower of the checkpoint's config.json"
+        )
+    choice = _tower_files if weights else _tower_settings
+    found = cached(name, None)
+    if found is not None and not missing_files(found, choice):
+        return found
+    try:
+        return _download(ask(name, None), choice, progress)
+    except NetworkError as error:
+        raise NetworkError(f"the vision tower: {error}") from error
+
+
+def pull(repo: str, revision: str | None, progress: Progress) -> Path:
+    """Like `find_checkpoint` for a hub id, but the hub is asked for the newest state.
+
+    What is there already is not downloaded again, an interrupted download goes on.
+    """
+    found = cached(repo, revision)
+    try:
+        listing = ask(repo, revision)
+    except NetworkError as error:
+        raise _missing(repo, found, error) from error
+    settings = fetch(listing, [name for name in CONFIGS if name in listing.files], None)
+    config = read_config(settings)
+    if not config and "adapter_config.json" not in listing.files:
+        raise ModelNotFound(f"{repo} has no config.json, so it is not a model")
+    if config:
+        check_config(config, repo)
+    if tower := tower_name(config):
+        find_tower(tower, settings, progress, weights=not config.get("unfreeze_mm_vision_tower"))
+    return _download(listing, needed_files, progress)
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The cache's folder for that revision, whole or not; None if there is none. No network."""
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that running the model takes.
+
+    Folders, other formats, a second copy of the weights and a trainer's leavings are left out.
+    """
+    top = [name for name in names if "/" not in name]
+    small = [name for name in top if any(fnmatch(name, pattern) for pattern in SMALL_FILES)]
+    small += [name for name in names if name.startswith("additional_chat_templates/")]
+    whole = weight_files(top)
+    adapter = [name for name in ADAPTERS if name in top][:1]
+    rest = [LORA_REST] if LORA_REST in top else []
+    projector = [PROJECTOR] if PROJECTOR in top and not (whole or adapter) else []
+    return small + whole + adapter + rest + projector
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The files of a whole model's weights, in the form that is preferred."""
+    found = ([n for n in names if pattern.fullmatch(n)] for pattern in WHOLE)
+    return next((each for each in found if each), [])
+
+
+def missing_files(directory: Path, choice: Choice = needed_files) -> list[str]:
+    """Files that a model in the cache lacks, by the hub's listing or by the weights' index."""
+    listed = listed_sizes(directory)
+    if listed is not None:
+        return [name for name in choice(listed) if not (directory / name).is_file()]
+    if not any((directory / name).is_file() for name in CONFIGS):
+        return ["config.json"]
+    present = [file.name for file in directory.iterdir()]
+    for index in directory.glob("*.index.json"):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if weight_files(shards) and (absent := sorted(shards.difference(present))):
+            return absent
+    chosen = choice(present)
+    if choice is not _tower_settings and not any(is_weights(name) for name in chosen):
+        return ["the weights"]
+    return []
+
+
+def listed_sizes(directory: Path) -> dict[str, int] | None:
+    """What the hub said is in a snapshot of the cache: file -> bytes; None: not known."""
+    if directory.parent.name != "snapshots":
+        return None
+    repo = repo_of(directory.parent.parent)
+    try:
+        tree = get_cached_repo_tree(
+            repo, revision=directory.name, cache_dir=directory.parent.parent.parent
+        )
+    except (CachedRepoTreeNotFoundError, HFValidationError):
+        return None
+    return {file.path: file.size for file in tree}
+
+
+def repo_of(folder: Path) -> str:
+    """The hub id of a folder in the cache: `models--owner--name` -> `owner/name`."""
+    return "/".join(folder.name.split("--")[1:])
+
+
+def tower_name(config: dict[str, Any]) -> str | None:
+    """The vision tower that a config in LLaVA's own layout names."""
+    name = config.get("mm_vision_tower")
+    return name if isinstance(name, str) else None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a directory; empty where there is none or it cannot be read."""
+    return read_json(directory / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none or it cannot be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds tensors."""
+    return name.endswith((".safetensors", ".bin"))
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith(("/", ".", "~")) and path.count("/") == 1
+
+
+def _tower_settings(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in ("config.json", "preprocessor_config.json")]
+
+
+def _tower_files(names: Iterable[str]) -> list[str]:
+    needed = needed_files(names)
+    weights = [name for name in needed if is_weights(name) or name.endswith(".index.json")]
+    return _tower_settings(needed) + weights
+
+
+def _download(listing: Listing, choice: Choice, progress: Progress) -> Path:
+    names = choice(listing.files)
+    if choice is not _tower_settings and not any(is_weights(name) for name in names):
+        raise UnsupportedModel(
+            f"{listing.repo} has no weights as .safetensors or .bin; choose another checkpoint"
+        )
+    return fetch(listing, names, progress)
+
+
+def _missing(repo: str, found: Path | None, cause: NetworkError) -> NetworkError:
+    """The line for a checkpoint that is not all here, with what is missing."""
+    if found is None:
+        return cause
+    absent = missing_files(found)
+    what = absent[:1] + ([f"{len(absent) - 1} more files"] if len(absent) > 1 else [])
+    config = read_config(found)
+    if tower := tower_name(config):
+        weights = not config.get("unfreeze_mm_vision_tower")
+        choice = _tower_files if weights else _tower_settings
+        here = cached(tower, None) if _is_hub_id(tower) else found
+        if here is None or missing_files(here, choice):
+            what.append(f"its vision tower {tower}")
+    return unreachable(f"{repo} lacks {' and '.join(what)}, which") if what else cause
