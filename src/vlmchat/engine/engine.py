@@ -100,7 +100,8 @@ class Engine:
         from vlmchat.engine.vision import VisionCache
 
         loaded = load_model(config, progress)
-        runner = EagerRunner(loaded.model, VisionCache(loaded.model), num_slots=1)
+        vision = VisionCache(loaded.model)
+        runner = EagerRunner(loaded.model, loaded.spec, vision, num_slots=1)
         processor = Processor(loaded.processor, loaded.spec, loaded.template)
         return cls(runner, processor, Sampler, loaded.spec.eos_token_ids, loaded.status)
 

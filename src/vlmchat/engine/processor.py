@@ -7,6 +7,7 @@ conversation; but each picture is processed once, not once per turn.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -26,14 +27,8 @@ from vlmchat.request import PromptSize
 MAX_PROCESSED_BYTES = 256 * 2**20
 # What a processor returns besides a picture's own inputs.
 OFFSETS = "text_replacement_offsets"
-TEXT_KEYS = {
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "labels",
-    OFFSETS,
-}
+TEXT_KEYS = {OFFSETS, "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+TEXT_KEYS |= {"labels"}  # PaliGemma's, for training
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +41,21 @@ class Placeholder:
 
     text: str
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A picture and the way it is processed: `crowded` where others stand beside it."""
+
+    image: Image
+    crowded: bool
+
+    @property
+    def digest(self) -> str:
+        """Two views match only if a model sees the same."""
+        if not self.crowded:
+            return self.image.digest
+        return hashlib.sha256(f"crowded {self.image.digest}".encode()).hexdigest()
 
 
 class Processor:
@@ -63,18 +73,18 @@ class Processor:
 
         Raises UnsupportedModel when there is neither.
         """
-        if template is None and not hf_processor.chat_template:
+        own = hf_processor.chat_template or spec.chat_template
+        if template is None and not own:
             raise UnsupportedModel("the checkpoint has no chat template; choose one by --conv-mode")
         self._hf = hf_processor
         self._spec = spec
-        self._jinja = template.jinja if template else None
+        self._jinja = template.jinja if template else own
         self._marker = IMAGE_MARKER if template else spec.image_token
         self.stop = template.stop if template else ()  # strings that end an answer
         self._inputs: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._placeholders: dict[str, Placeholder] = {}  # by digest; some kB each, never dropped
         self._lock = Lock()
-        specials = {*hf_processor.tokenizer.all_special_tokens, spec.image_token, self._marker}
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(specials)))
+        self._special = self._special_tokens()
 
     @property
     def tokenizer(self) -> Any:
@@ -103,17 +113,21 @@ class Processor:
         """The prompt as token ids with the pictures' inputs."""
         ids, spans = self._ids_and_spans(conversation)
         match_ids, images = list(ids), []
-        for image, (start, stop) in zip(conversation.images, spans, strict=True):
-            match_ids[start:stop] = [image_match_id(image.digest)] * (stop - start)
-            images.append(ImageSpan(start, stop, image.digest, self._image_inputs(image)))
-        return Prompt(tuple(ids), tuple(match_ids), tuple(images))
+        for view, (start, stop) in zip(self._views(conversation), spans, strict=True):
+            match_ids[start:stop] = [image_match_id(view.digest)] * (stop - start)
+            images.append(ImageSpan(start, stop, view.digest, self._image_inputs(view)))
+        return Prompt(tuple(ids), tuple(match_ids), tuple(images), self._spec.reusable_prefix)
+
+    def _views(self, conversation: Conversation) -> list[View]:
+        crowded = self._spec.crowds and len(conversation.images) > 1
+        return [View(image, crowded) for image in conversation.images]
 
     def _ids_and_spans(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each picture the range from its first to its last image token."""
         text = self.render(conversation)
         if not text:
             return [], []
-        placeholders = [self._placeholder(image) for image in conversation.images]
+        placeholders = [self._placeholder(view) for view in self._views(conversation)]
         parts, fillings = text.split(self._marker), [p.text for p in placeholders]
         expanded = "".join(
             part + filling for part, filling in zip(parts, [*fillings, ""], strict=True)
@@ -138,17 +152,24 @@ class Processor:
         """Text in which no special token can be read: `</s>` typed by a person is five letters."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
-    def _placeholder(self, image: Image) -> Placeholder:
-        if image.digest not in self._placeholders:
-            self._image_inputs(image)
-        return self._placeholders[image.digest]
+    def _special_tokens(self) -> re.Pattern[str]:
+        tokenizer = self.tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        tokens = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
+        tokens |= {self._spec.image_token, self._marker}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens)))
 
-    def _image_inputs(self, image: Image) -> dict[str, Any]:
+    def _placeholder(self, view: View) -> Placeholder:
+        if view.digest not in self._placeholders:
+            self._image_inputs(view)
+        return self._placeholders[view.digest]
+
+    def _image_inputs(self, view: View) -> dict[str, Any]:
         with self._lock:
-            inputs = self._inputs.pop(image.digest, None)
+            inputs = self._inputs.pop(view.digest, None)
             if inputs is None:
-                inputs = self._process(image)
-            self._inputs[image.digest] = inputs
+                inputs = self._process(view)
+            self._inputs[view.digest] = inputs
             while len(self._inputs) > 1 and self._num_bytes() > MAX_PROCESSED_BYTES:
                 self._inputs.popitem(last=False)
             return inputs
@@ -156,10 +177,14 @@ class Processor:
     def _num_bytes(self) -> int:
         return sum(array.nbytes for inputs in self._inputs.values() for array in inputs.values())
 
-    def _process(self, image: Image) -> dict[str, Any]:
-        token = self._spec.image_token
-        output = self._hf(images=[image.pixels], text=[token], return_text_replacement_offsets=True)
-        num_tokens = list(output["input_ids"][0]).count(self._spec.image_token_id)
+    def _process(self, view: View) -> dict[str, Any]:
+        """Process one picture; a crowded one as the first of two, of which the first is kept."""
+        token, pixels = self._spec.image_token, view.image.pixels
+        images: list[Any] = [[pixels, pixels]] if view.crowded else [pixels]
+        count = 2 if view.crowded else 1
+        output = self._hf(images=images, text=[token * count], return_text_replacement_offsets=True)
+        num_tokens = list(output["input_ids"][0]).count(self._spec.image_token_id) // count
         replaced = output[OFFSETS][0][0]["replacement"] if OFFSETS in output else token * num_tokens
-        self._placeholders[image.digest] = Placeholder(replaced, num_tokens)
-        return {name: np.asarray(v) for name, v in output.items() if name not in TEXT_KEYS}
+        self._placeholders[view.digest] = Placeholder(replaced, num_tokens)
+        inputs = {name: np.asarray(v) for name, v in output.items() if name not in TEXT_KEYS}
+        return {name: v[:1] for name, v in inputs.items()} if view.crowded else inputs

@@ -17,8 +17,10 @@ from vlmchat.request import Delta, FinishReason, SamplingParams, Timings, Usage
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where one picture stands in a prompt: ids[start:stop] are its placeholders.
+    """Where one picture stands in a prompt: from its first to its last placeholder.
 
+    Between them there may be text tokens, where the picture is given in tiles.
+    digest: of the picture and the way it was processed.
     inputs: what the model's image processor made of it (numpy arrays by name).
     """
 
@@ -30,19 +32,25 @@ class ImageSpan:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, and ids to match prefixes by: placeholders replaced by a picture's own integer."""
+    """Token ids, and ids to match prefixes by: placeholders replaced by a picture's own integer.
+
+    reusable: keys and values of its beginning may come from another prompt that begins alike.
+    """
 
     ids: tuple[int, ...]
     match_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
+    reusable: bool = True
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders of all pictures."""
+        """Tokens that the pictures take."""
         return sum(span.stop - span.start for span in self.images)
 
     def resume_point(self, num_cached: int) -> int:
         """The last position <= num_cached that is not inside a picture, which goes in whole."""
+        if not self.reusable:
+            return 0
         inside = (span.start for span in self.images if span.start < num_cached < span.stop)
         return min(inside, default=num_cached)
 

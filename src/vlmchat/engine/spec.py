@@ -7,23 +7,83 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from vlmchat.errors import UnsupportedModel
 
-# config.model_type -> what people call it. A family belongs here once its tests pass.
-FAMILIES = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT"}
+
+class BothWays(StrEnum):
+    """Where in a prompt a token also attends to those after it."""
+
+    NOWHERE = "nowhere"
+    PICTURES = "pictures"  # among the tokens of one picture
+    PROMPT = "prompt"  # everywhere, so that each token's keys depend on the whole prompt
+
+
+# One line of question and answer after the other; its pictures and <bos> come first of all.
+# Source: PaliGemma's prompt format, <image>… <bos> text newline; the processor adds the last two.
+PALIGEMMA_TEMPLATE = (
+    "{%- for message in messages -%}{%- for part in message.content if part.type == 'image' -%}"
+    "<image>{%- endfor -%}{%- endfor -%}{{- bos_token -}}"
+    "{%- for message in messages -%}{%- for part in message.content if part.type == 'text' -%}"
+    "{{- part.text + '\\n' -}}{%- endfor -%}{%- endfor -%}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What all checkpoints of one `model_type` have in common.
+
+    crowds: a picture is processed in another way where a conversation holds several.
+    chat_template: for families whose checkpoints have none.
+    """
+
+    name: str
+    both_ways: BothWays = BothWays.NOWHERE
+    crowds: bool = False
+    chat_template: str | None = None
+
+
+# By config.model_type. A family belongs here once its tests pass.
+FAMILIES = {
+    "gemma3": Family("Gemma 3", BothWays.PICTURES),
+    "idefics3": Family("Idefics3"),
+    "internvl": Family("InternVL"),
+    "llava": Family("LLaVA"),
+    "llava_next": Family("LLaVA-NeXT"),
+    "llava_onevision": Family("LLaVA-OneVision", crowds=True),
+    "paligemma": Family("PaliGemma", BothWays.PROMPT, chat_template=PALIGEMMA_TEMPLATE),
+    "qwen2_5_vl": Family("Qwen2.5-VL"),
+    "qwen2_vl": Family("Qwen2-VL"),
+    "qwen3_vl": Family("Qwen3-VL"),
+    "smolvlm": Family("SmolVLM"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What the engine must know of a model besides its weights."""
+    """What the engine must know of a model besides its weights.
+
+    image_token: stands for a picture in a rendered prompt.  image_token_id: what the model takes
+    a picture's features for; not always the same token.
+    crowds: see Family.  grid_positions: a picture's tokens have rows and columns as positions.
+    """
 
     family: str
     image_token: str
     image_token_id: int
     eos_token_ids: frozenset[int]
     context_length: int
+    both_ways: BothWays = BothWays.NOWHERE
+    crowds: bool = False
+    grid_positions: bool = False
+    chat_template: str | None = None
+
+    @property
+    def reusable_prefix(self) -> bool:
+        """Whether two prompts that begin alike have the same keys and values there."""
+        return self.both_ways is not BothWays.PROMPT
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
@@ -45,15 +105,23 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 
 def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
-    """The spec of a transformers config, its generation config and its processor."""
+    """The spec of a transformers config, its generation config and its processor.
+
+    The end tokens are those of the generation config, which may name several.
+    """
     text = config.get_text_config()
+    family = FAMILIES[config.model_type]
     eos = _ids(generation_config.eos_token_id) or _ids(processor.tokenizer.eos_token_id)
     return ModelSpec(
-        family=FAMILIES[config.model_type],
+        family=family.name,
         image_token=processor.image_token,
         image_token_id=config.image_token_id,
         eos_token_ids=frozenset(eos),
         context_length=text.max_position_embeddings,
+        both_ways=family.both_ways,
+        crowds=family.crowds,
+        grid_positions="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
+        chat_template=family.chat_template,
     )
 
 

@@ -7,6 +7,9 @@ the projector, ready to stand in place of the placeholders' embeddings.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,17 +20,35 @@ from vlmchat.engine.sequence import ImageSpan
 MAX_FEATURE_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the language model takes of one picture.
+
+    pooled: [num_tokens, hidden].  deepstack: the same shape, for each layer of the language model
+    that takes features of its own (Qwen3-VL); else empty.
+    """
+
+    pooled: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.pooled, *self.deepstack))
+
+
 class VisionCache:
     """Least recently used features go first once `max_bytes` is exceeded."""
 
     def __init__(self, model: Any, max_bytes: int = MAX_FEATURE_BYTES) -> None:
         self._model = model
         self._max_bytes = max_bytes
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._features: OrderedDict[str, Features] = OrderedDict()
+        self._in_one_tensor = False  # the model's own form: all pictures in one, or a list
         self.num_encoded = 0  # how often the vision tower ran
 
-    def features(self, span: ImageSpan) -> torch.Tensor:
-        """[num_tokens, hidden]: the picture's features, from the cache or from the tower."""
+    def features(self, span: ImageSpan) -> Features:
+        """The picture's features, from the cache or from the tower."""
         features = self._features.pop(span.digest, None)
         if features is None:
             features = self._encode(span)
@@ -35,11 +56,25 @@ class VisionCache:
         self._evict()
         return features
 
-    def _encode(self, span: ImageSpan) -> torch.Tensor:
+    def encoder_outputs(self, spans: Sequence[ImageSpan]) -> dict[str, Any] | None:
+        """The pictures' features in the form that the model's `mm_encoder_outputs` takes."""
+        if not spans:
+            return None
+        pictures = [self.features(span) for span in spans]
+        pooled = [picture.pooled for picture in pictures]
+        output = SimpleNamespace(
+            pooler_output=torch.cat(pooled) if self._in_one_tensor else pooled,
+            deepstack_features=list(zip(*(p.deepstack for p in pictures), strict=True)),
+        )
+        return {"image": output}
+
+    def _encode(self, span: ImageSpan) -> Features:
         self.num_encoded += 1
         inputs = {name: self._tensor(value) for name, value in span.inputs.items()}
-        pooled = self._model.get_image_features(**inputs, return_dict=True).pooler_output
-        return torch.cat(list(pooled), dim=0)  # [T, H]
+        output = self._model.get_image_features(**inputs, return_dict=True)
+        self._in_one_tensor = isinstance(output.pooler_output, torch.Tensor)
+        deepstack = getattr(output, "deepstack_features", None) or ()
+        return Features(_flat(output.pooler_output), tuple(_flat(layer) for layer in deepstack))
 
     def _tensor(self, value: Any) -> torch.Tensor:
         tensor = torch.as_tensor(value).to(self._model.device)
@@ -50,4 +85,10 @@ class VisionCache:
             self._features.popitem(last=False)
 
     def _num_bytes(self) -> int:
-        return sum(f.numel() * f.element_size() for f in self._features.values())
+        return sum(features.num_bytes for features in self._features.values())
+
+
+def _flat(parts: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """[T, H]: the tiles of one picture, one after the other."""
+    joined = parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))
+    return joined.reshape(-1, joined.shape[-1])  # [T, H]
