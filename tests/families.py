@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tests.tiny import CORPUS
+from tests.tiny import CORPUS, make_tiny_llava
 from vlmchat.engine.hf_processor import pictures_only
 
 CONTEXT_LENGTH = 1024
@@ -111,6 +111,11 @@ def _save(directory: Path, model: Any, processor: Any) -> Path:
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+def make_llava(directory: Path) -> Path:
+    """LLaVA-1.5."""
+    return make_tiny_llava(directory, context_length=CONTEXT_LENGTH)
 
 
 def make_llava_next(directory: Path) -> Path:
@@ -297,6 +302,7 @@ def make_gemma3(directory: Path) -> Path:
         vision_config=hf.SiglipVisionConfig(**{**VISION, "patch_size": 7}),
         text_config=hf.Gemma3TextConfig(**{**text, "query_pre_attn_scalar": 16}),
         mm_tokens_per_image=4,
+        tie_word_embeddings=False,  # tied, a random model repeats its last token for ever
         boi_token_index=_id(tokenizer, "<start_of_image>"),
         eoi_token_index=_id(tokenizer, "<end_of_image>"),
         image_token_index=_id(tokenizer, "<image_soft_token>"),
@@ -333,6 +339,7 @@ def make_paligemma(directory: Path) -> Path:
 MAKERS: dict[str, Callable[[Path], Path]] = {
     maker.__name__.removeprefix("make_"): maker
     for maker in (
+        make_llava,
         make_llava_next,
         make_llava_onevision,
         make_qwen2_vl,
