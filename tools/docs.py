@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -31,7 +32,10 @@ Every option can be set in four places. The first that is set wins:
 
 In the settings file a key is an option's name without the dashes before it: `temperature = 0`,
 `model-path = "demo"`. Keys may stand under `[chat]`, and win there. `vlmchat config` shows what
-is in force and where it comes from, as a settings file. A resumed session keeps its own model,
+is in force and where it comes from, as a settings file. The table `[models]` holds aliases:
+`llava = "liuhaotian/llava-v1.5-7b"` lets `--model-path llava` and `vlmchat models show llava` mean
+that model; an alias wins over a directory of the same name in the working directory, which is
+`./llava`. A resumed session keeps its own model,
 system prompt and sampling options, unless a flag or a variable says otherwise.
 
 Shell completion: `vlmchat --install-completion`.
@@ -56,8 +60,15 @@ def cli_page() -> str:
     """docs/cli.md."""
     root = command()
     ctx = typer.Context(root, info_name="vlmchat", terminal_width=WIDTH, **root.context_settings)
-    contexts = [ctx, *(typer.Context(c, ctx, name) for name, c in root.commands.items())]
-    return CLI + "".join(f"\n## {c.command_path}\n\n```\n{_help(c)}\n```\n" for c in contexts)
+    sections = (f"\n## {c.command_path}\n\n```\n{_help(c)}\n```\n" for c in _contexts(ctx))
+    return CLI + "".join(sections)
+
+
+def _contexts(ctx: Any) -> Iterator[Any]:
+    """A command's context, then those of the commands below it."""
+    yield ctx
+    for name, below in getattr(ctx.command, "commands", {}).items():
+        yield from _contexts(typer.Context(below, ctx, name))
 
 
 def _help(ctx: typer.Context) -> str:

@@ -179,6 +179,20 @@ def read_file(path: Path, loader: ImageLoader) -> SavedSession:
     return _parse(path, pictures_of)
 
 
+def session_models(root: Path) -> list[str]:
+    """The models of all sessions saved under `root`, each once, that of the newest first."""
+    paths = sorted((root / "sessions").glob("*.json"), key=_modified, reverse=True)
+    return list(dict.fromkeys(filter(None, map(_model, paths))))
+
+
+def _model(path: Path) -> str | None:
+    try:
+        model = json.loads(path.read_bytes())["model"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return model if isinstance(model, str) else None
+
+
 class Autosave:
     """The `on_change` hook that saves a session after each change.
 

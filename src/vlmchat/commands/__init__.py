@@ -15,6 +15,7 @@ from vlmchat import __version__
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
 from vlmchat.commands.exit import end_on_signals, reporting
+from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command("chat", cls=GroupedCommand)(grouped(chat))
 app.command("config")(config)
+app.add_typer(models, name="models")
 
 
 def _version(value: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmchat.commands.settings import Setting, settings
+from vlmchat.commands.settings import Setting, read_aliases, settings
 
 
 def config(
@@ -24,11 +24,13 @@ def config(
     """
     root: Any = ctx.parent
     path, values = settings(root.command.commands["chat"], root)
+    aliases = read_aliases(path) if path.exists() else {}
     if as_json:
         shown = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
         shown["settings"] = {
             s.key: {k: v for k, v in asdict(s).items() if k != "key"} for s in values
         }
+        shown["models"] = aliases
         print(json.dumps(shown, ensure_ascii=False))
         return
     print(f"# settings file: {path}" + ("" if path.exists() else " (there is none)"))
@@ -36,6 +38,10 @@ def config(
     width = max(len(line) for line, _ in lines)
     for line, origin in lines:
         print(f"{line:{width}}  # {origin}")
+    if aliases:
+        print("\n[models]")
+    for name, model in aliases.items():
+        print(f"{json.dumps(name)} = {json.dumps(model, ensure_ascii=False)}")
 
 
 def _toml(setting: Setting) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import typer
 from typer.core import TyperCommand
 
-from vlmchat.commands.settings import read_config
+from vlmchat.commands.settings import model_alias, read_aliases, read_config
 from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
 from vlmchat.errors import ConfigError
 from vlmchat.request import SamplingParams
@@ -94,15 +94,20 @@ def _complete_device(incomplete: str) -> list[str]:
     return [device for device in DEVICES if device.startswith(incomplete)]
 
 
-def _complete_model(incomplete: str) -> list[str]:
-    """The demo model, the default one, and directories."""
+def complete_model(incomplete: str) -> list[str]:
+    """Aliases, the demo model, the default one, and directories."""
     start = Path(incomplete)
     folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
     try:
         found = [f"{p}/" for p in folder.iterdir() if p.name.startswith(name) and p.is_dir()]
     except OSError:
         found = []
-    return [*(m for m in (DEMO_MODEL, DEFAULT_MODEL) if m.startswith(incomplete)), *sorted(found)]
+    try:
+        aliases = read_aliases(None)
+    except ConfigError:
+        aliases = {}
+    names = (*aliases, DEMO_MODEL, DEFAULT_MODEL)
+    return [*(name for name in names if name.startswith(incomplete)), *sorted(found)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +137,10 @@ class ModelOptions:
         typer.Option(
             "--model-path",
             metavar="MODEL",
-            help="'demo', a directory, or a model's name on the Hugging Face hub.",
-            autocompletion=_complete_model,
+            help="'demo', a directory, a model's name on the Hugging Face hub, or an alias of "
+            "the settings file.",
+            callback=model_alias,
+            autocompletion=complete_model,
         ),
     ] = DEFAULT_MODEL
     model_base: Annotated[
@@ -142,6 +149,8 @@ class ModelOptions:
             "--model-base",
             metavar="MODEL",
             help="The model that a LoRA or projector-only checkpoint was made for.",
+            callback=model_alias,
+            autocompletion=complete_model,
         ),
     ] = None
     revision: Annotated[

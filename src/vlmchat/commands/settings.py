@@ -15,9 +15,11 @@ from typing import Any, get_args, get_origin
 
 import typer
 
-from vlmchat.errors import ConfigError
+from vlmchat.config import DEMO_MODEL
+from vlmchat.errors import ConfigError, ModelNotFound
 
 UNSETTABLE = ("config", "help")  # parameters that a config file cannot hold
+ALIASES = "models"  # the config file's table of names for models
 
 
 def config_path() -> Path:
@@ -38,22 +40,68 @@ def _xdg(variable: str, fallback: str) -> Path:
 def read_config(ctx: typer.Context, value: Path | None) -> Path:
     """Callback of --config: the file's values become the defaults of this command's options.
 
-    Raises ConfigError when the file cannot be read, holds a key that no option has, or a value of
-    the wrong kind. A missing file is an error only when it was asked for.
+    Its aliases for models are kept for `model_alias`. Raises ConfigError when the file cannot be
+    read, holds a key that no option has, or a value of the wrong kind. A missing file is an error
+    only when it was asked for.
     """
     path = value or config_path()
     if not ctx.resilient_parsing and (value is not None or path.exists()):
-        ctx.default_map = _values(path, ctx)
+        document = _document(path)
+        ctx.meta[ALIASES] = _aliases(path, document)
+        ctx.default_map = _values(path, document, ctx)
     return path
 
 
-def _values(path: Path, ctx: typer.Context) -> dict[str, Any]:
-    """Option values by parameter name; the command's own table wins over the keys above it."""
+def read_aliases(value: Path | None) -> dict[str, str]:
+    """The names for models in the config file, `value` or the usual one. Raises ConfigError."""
+    path = value or config_path()
+    return _aliases(path, _document(path)) if value is not None or path.exists() else {}
+
+
+def resolve_model(name: str, aliases: dict[str, str]) -> str:
+    """What to load for a model's name: its alias's meaning, or the name itself.
+
+    Raises ModelNotFound for a name that can only be a mistyped alias, with the nearest ones.
+    """
+    if name in aliases or "/" in name or Path(name).exists():
+        return aliases.get(name, name)
+    known = [*aliases, DEMO_MODEL]
+    close = get_close_matches(name, known, n=3)
+    if close and name not in known:
+        raise ModelNotFound(f"no model {name}; did you mean {' or '.join(close)}?")
+    return name
+
+
+def model_alias(ctx: typer.Context, value: str | None) -> str | None:
+    """Callback of the options that name a model."""
+    if value is None or ctx.resilient_parsing:
+        return value
+    return resolve_model(value, ctx.meta.get(ALIASES, {}))
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read {path}: {reason}") from None
+
+
+def _aliases(path: Path, document: dict[str, Any]) -> dict[str, str]:
+    """Takes the table out of the document and checks it."""
+    table = document.pop(ALIASES, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {ALIASES!r} must be a table: [{ALIASES}]")
+    for name, model in table.items():
+        if not isinstance(model, str):
+            raise ConfigError(f"{path}: {ALIASES}.{name} is {model!r}; it must be a text")
+        if "/" in name or name == DEMO_MODEL:
+            raise ConfigError(f"{path}: {name!r} cannot stand for a model; choose another name")
+    return table
+
+
+def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[str, Any]:
+    """Option values by parameter name; the command's own table wins over the keys above it."""
     table = document.pop(str(ctx.info_name), {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {ctx.info_name!r} must be a table: [{ctx.info_name}]")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub import get_cached_repo_tree, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     HFValidationError,
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from vlmchat.config import DEMO_MODEL
-from vlmchat.engine.download import Listing, ask, fetch, unreachable
+from vlmchat.engine.download import Listing, ask, cache, fetch, unreachable
 from vlmchat.engine.spec import check_config
 from vlmchat.errors import ModelNotFound, NetworkError, UnsupportedModel
 
@@ -62,7 +63,7 @@ def find_checkpoint(path: str, revision: str | None, progress: Progress) -> Path
         return directory
     if directory.exists():
         raise ModelNotFound(f"{path} is a file; --model-path takes a directory or a hub id")
-    if not _is_hub_id(path):
+    if not is_hub_id(path):
         raise ModelNotFound(f"no model at {path}: no such directory, and not a hub id (owner/name)")
     found = cached(path, revision)
     if found is not None and not missing_files(found):
@@ -77,22 +78,27 @@ def find_tower(name: str, relative_to: Path, progress: Progress, *, weights: boo
     checkpoint, `relative_to`. weights False: the checkpoint brings its own, only config and
     preprocessor are needed. Raises as `find_checkpoint` does, with the tower's name.
     """
-    for directory in (Path(name).expanduser(), relative_to / name):
-        if (directory / "config.json").is_file():
-            return directory
-    if not _is_hub_id(name):
+    choice = _tower_files if weights else _tower_settings
+    if found := tower_here(name, relative_to, choice):
+        return found
+    if not is_hub_id(name):
         raise ModelNotFound(
             f"the vision tower {name}, which the checkpoint names, is not on this machine; "
             "put it there, or name another in mm_vision_tower of the checkpoint's config.json"
         )
-    choice = _tower_files if weights else _tower_settings
-    found = cached(name, None)
-    if found is not None and not missing_files(found, choice):
-        return found
     try:
         return _download(ask(name, None), choice, progress)
     except NetworkError as error:
         raise NetworkError(f"the vision tower: {error}") from error
+
+
+def tower_here(name: str, relative_to: Path, choice: Choice | None = None) -> Path | None:
+    """The tower's directory if it is whole on this machine. No network."""
+    for directory in (Path(name).expanduser(), relative_to / name):
+        if (directory / "config.json").is_file():
+            return directory
+    found = cached(name, None) if is_hub_id(name) else None
+    return found if found and not missing_files(found, choice or _tower_files) else None
 
 
 def pull(repo: str, revision: str | None, progress: Progress) -> Path:
@@ -209,8 +215,44 @@ def is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether a model's name has the form `owner/name`."""
     return not path.startswith(("/", ".", "~")) and path.count("/") == 1
+
+
+def cached_folders() -> list[Path]:
+    """The folders of all models in the cache, whole or not."""
+    return sorted(folder for folder in cache().glob("models--*--*") if folder.is_dir())
+
+
+def cached_folder(repo: str) -> Path:
+    """The folder of a model in the cache. Raises ModelNotFound."""
+    folders = {repo_of(folder): folder for folder in cached_folders()}
+    if repo not in folders:
+        raise ModelNotFound(f"{repo} is not in the cache, {cache()}; nothing else is deleted")
+    return folders[repo]
+
+
+def bytes_in(folder: Path) -> int:
+    """What a model's folder in the cache takes on disk, downloads that have only begun included."""
+    blobs = folder / "blobs"
+    return sum(file.stat().st_size for file in blobs.iterdir()) if blobs.is_dir() else 0
+
+
+def remove(folder: Path) -> None:
+    """Delete a model's folder from the cache. Raises OSError where that cannot be done.
+
+    huggingface_hub goes first, since files may be shared with other models; then what it does not
+    know of: folders that it calls corrupted, downloads that have only begun, locks.
+    """
+    if folder.is_symlink() or folder.parent != cache():
+        raise ModelNotFound(f"{folder} does not lie in the cache, {cache()}; it stays")
+    known = (repo for repo in scan_cache_dir(cache()).repos if repo.repo_path == folder)
+    commits = [revision.commit_hash for repo in known for revision in repo.revisions]
+    scan_cache_dir(cache()).delete_revisions(*commits).execute()
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.rmtree(cache() / ".locks" / folder.name, ignore_errors=True)
 
 
 def _tower_settings(names: Iterable[str]) -> list[str]:
@@ -240,9 +282,7 @@ def _missing(repo: str, found: Path | None, cause: NetworkError) -> NetworkError
     what = absent[:1] + ([f"{len(absent) - 1} more files"] if len(absent) > 1 else [])
     config = read_config(found)
     if tower := tower_name(config):
-        weights = not config.get("unfreeze_mm_vision_tower")
-        choice = _tower_files if weights else _tower_settings
-        here = cached(tower, None) if _is_hub_id(tower) else found
-        if here is None or missing_files(here, choice):
+        own_weights = config.get("unfreeze_mm_vision_tower")
+        if tower_here(tower, found, _tower_settings if own_weights else _tower_files) is None:
             what.append(f"its vision tower {tower}")
     return unreachable(f"{repo} lacks {' and '.join(what)}, which") if what else cause
