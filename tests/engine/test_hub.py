@@ -236,7 +236,7 @@ def test_download_goes_on_where_it_was_cut_off(
     found = find_checkpoint("who/model", None, stages.append)
     assert hub.gets("model.safetensors") == [None, "bytes=60000-"]
     assert (found / "model.safetensors").read_bytes() == WEIGHTS
-    assert "42 kB in 1 files, 60 kB are there already" in stages[0]
+    assert "42 kB in 1 file, 60 kB are there already" in stages[0]
     assert list((tmp_path / "cache").rglob("*.incomplete")) == []
 
 

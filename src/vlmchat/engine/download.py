@@ -72,9 +72,10 @@ def fetch(listing: Listing, names: list[str], progress: Callable[[str], None] | 
         if to_come and progress is not None:
             _check_disk(listing.repo, to_come)
             kept = sum(file.num_bytes for file in absent.values()) - to_come
+            files = f"{len(absent)} file{'s' if len(absent) > 1 else ''}"
             already = f", {size(kept)} are there already" if kept else ""
             progress(
-                f"downloading {listing.repo}: {size(to_come)} in {len(absent)} files{already} "
+                f"downloading {listing.repo}: {size(to_come)} in {files}{already} "
                 "(Ctrl-C stops; the next start goes on from there)"
             )
         for name, file in absent.items():

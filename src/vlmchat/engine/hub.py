@@ -46,8 +46,12 @@ LORA_REST = "non_lora_trainables.bin"
 PROJECTOR = "mm_projector.bin"
 
 
-def find_checkpoint(path: str, revision: str | None, progress: Progress) -> Path:
+def find_checkpoint(
+    path: str, revision: str | None, progress: Progress, *, as_base: bool = False
+) -> Path:
     """The directory of a checkpoint, downloaded if need be.
+
+    as_base: a language model will do, it is wanted as the base of another checkpoint.
 
     path: `demo`, a directory, or a hub id (`owner/name`). Where a checkpoint in LLaVA's own layout
     has to be downloaded, its vision tower comes first, so that nothing large is fetched in vain.
@@ -68,7 +72,7 @@ def find_checkpoint(path: str, revision: str | None, progress: Progress) -> Path
     found = cached(path, revision)
     if found is not None and not missing_files(found):
         return found
-    return pull(path, revision, progress)
+    return pull(path, revision, progress, as_base=as_base)
 
 
 def find_tower(name: str, relative_to: Path, progress: Progress, *, weights: bool = True) -> Path:
@@ -101,7 +105,9 @@ def tower_here(name: str, relative_to: Path, choice: Choice | None = None) -> Pa
     return found if found and not missing_files(found, choice or _tower_files) else None
 
 
-def pull(repo: str, revision: str | None, progress: Progress) -> Path:
+def pull(
+    repo: str, revision: str | None, progress: Progress, *, as_base: bool = False
+) -> Path:
     """Like `find_checkpoint` for a hub id, but the hub is asked for the newest state.
 
     What is there already is not downloaded again, an interrupted download goes on.
@@ -115,7 +121,7 @@ def pull(repo: str, revision: str | None, progress: Progress) -> Path:
     config = read_config(settings)
     if not config and "adapter_config.json" not in listing.files:
         raise ModelNotFound(f"{repo} has no config.json, so it is not a model")
-    if config:
+    if config and not as_base:
         check_config(config, repo)
     if tower := tower_name(config):
         find_tower(tower, settings, progress, weights=not config.get("unfreeze_mm_vision_tower"))
@@ -236,7 +242,8 @@ def cached_folder(repo: str) -> Path:
 def bytes_in(folder: Path) -> int:
     """What a model's folder in the cache takes on disk, downloads that have only begun included."""
     blobs = folder / "blobs"
-    return sum(file.stat().st_size for file in blobs.iterdir()) if blobs.is_dir() else 0
+    files = [file for file in blobs.iterdir() if file.exists()] if blobs.is_dir() else []
+    return sum(file.stat().st_size for file in files)
 
 
 def remove(folder: Path) -> None:
