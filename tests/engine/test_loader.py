@@ -114,13 +114,6 @@ def test_load_names_the_demo_model_when_there_is_no_network(
     assert "--model-path demo" in error.message
 
 
-def test_load_refuses_the_original_llava_layout(copy: Path) -> None:
-    edit_config(copy, mm_vision_tower="openai/clip-vit-large-patch14-336")
-    error = load_error(ModelConfig(str(copy)))
-    assert isinstance(error, UnsupportedModel)
-    assert "original LLaVA layout" in error.message
-
-
 def test_load_refuses_another_family(copy: Path) -> None:
     edit_config(copy, model_type="bert")
     assert isinstance(load_error(ModelConfig(str(copy))), UnsupportedModel)

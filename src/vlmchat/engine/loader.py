@@ -1,7 +1,7 @@
-"""Load a checkpoint: find it, check that it fits, read it, quantise it. No family is named here.
+"""Load a checkpoint: find it, open it, check that it fits, read its weights. No family is named.
 
-Called by `Engine.load`. transformers does the reading; nothing is unpickled beyond weights and no
-code from a checkpoint is run.
+Called by `Engine.load`. What a checkpoint is gets told from its config and its files, never from
+its name. No code from a checkpoint is run, no pickle opened that holds more than tensors.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from vlmchat.config import ModelConfig
+from vlmchat.engine.assemble import Opened, Precision, assemble
+from vlmchat.engine.checkpoint import Layout, layout_of
+from vlmchat.engine.hf_checkpoint import open_hugging_face
 from vlmchat.engine.hub import find_checkpoint
 from vlmchat.engine.memory import check_memory
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
-from vlmchat.engine.templates import ConversationTemplate, template
-from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
+from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
+from vlmchat.errors import CheckpointError, ConfigError
 from vlmchat.request import Status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Checkpoints as LLaVA's own code writes them.
+ORIGINALS = (Layout.ORIGINAL, Layout.ORIGINAL_LORA, Layout.PROJECTOR_ONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +51,92 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     _quiet_libraries()
     device = pick_device(config.device)
     chosen = template(config.conv_mode) if config.conv_mode else None
-    if config.base is not None:
-        raise UnsupportedModel("--model-base is not served yet; give a merged checkpoint")
     directory = find_checkpoint(config.path, config.revision, progress)
     raw_config = _read_config(directory)
-    check_config(raw_config, config.path)
-    dtype = pick_dtype(config.dtype, raw_config, device)
-    num_bytes = check_memory(directory, device, dtype, config.quantization)
-    progress(f"loading {config.path}: {num_bytes / 1e9:.2f} GB on {device}")
-    model, processor = _read(directory, dtype)
-    if config.quantization is not None:
-        from vlmchat.engine.quantize import quantize
+    layout = layout_of(directory, raw_config)
+    opened = _open(directory, raw_config, layout, config, progress)
+    if chosen is None and layout in ORIGINALS:
+        name, rule = template_for_checkpoint(directory, raw_config, config.path)
+        progress(f"prompt format {name}, by {rule}; --conv-mode chooses another")
+        chosen = template(name)
+    precision = Precision(device, pick_dtype(config.dtype, raw_config, device), config.quantization)
+    num_bytes = check_memory(opened.model, precision)
+    stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
+    counter = _Counter(len(opened.model.state_dict()), stage, progress)
+    assemble(opened.model, opened.tensors, precision, config.path, counter)
+    return _finish(config, opened, chosen, precision, started)
 
-        progress(f"quantising to {config.quantization}")
-        quantize(model, config.quantization, device, dtype)
-    model.to(device).eval()
-    spec = read_spec(model.config, model.generation_config, processor)
-    context_length = _context_length(config.context_length, spec)
+
+def _open(
+    directory: Path,
+    raw_config: dict[str, Any],
+    layout: Layout,
+    config: ModelConfig,
+    progress: Callable[[str], None],
+) -> Opened:
+    """The checkpoint by its layout. Raises as `load_model` does."""
+    if layout is Layout.ADAPTER:
+        from vlmchat.engine.adapters import open_adapter
+
+        return open_adapter(directory, config.path, config.base, progress)
+    check_config(raw_config, config.path)
+    if layout in ORIGINALS:
+        from vlmchat.engine.llava_checkpoint import open_original
+
+        return open_original(directory, raw_config, layout, config.path, config.base, progress)
+    if config.base is not None:
+        raise ConfigError(
+            f"--model-base {config.base}: {config.path} is a whole model, it takes no base"
+        )
+    return open_hugging_face(directory)
+
+
+def _finish(
+    config: ModelConfig,
+    opened: Opened,
+    chosen: ConversationTemplate | None,
+    precision: Precision,
+    started: float,
+) -> LoadedModel:
+    spec = read_spec(opened.model.config, opened.generation_config, opened.processor)
+    if opened.context_limit is not None:
+        spec = replace(spec, context_length=min(spec.context_length, opened.context_limit))
+    details = [
+        ("family", spec.family),
+        ("device", str(precision.device)),
+        ("precision", _words(precision)),
+        ("runner", "eager"),
+    ]
+    if chosen is not None:
+        details.append(("template", chosen.name))
     status = Status(
         model=config.path,
-        context_length=context_length,
+        context_length=_context_length(config.context_length, spec),
         load_s=time.perf_counter() - started,
-        details=(
-            ("family", spec.family),
-            ("device", str(device)),
-            ("precision", config.quantization or str(dtype).removeprefix("torch.")),
-            ("runner", "eager"),
-        ),
+        details=tuple(details),
     )
-    return LoadedModel(model, processor, spec, status, chosen)
+    return LoadedModel(opened.model, opened.processor, spec, status, chosen)
+
+
+def _words(precision: Precision) -> str:
+    return precision.quantization or str(precision.dtype).removeprefix("torch.")
+
+
+class _Counter:
+    """Tells the stage with a bar, whenever another hundredth of the tensors has arrived."""
+
+    def __init__(self, total: int, stage: str, progress: Callable[[str], None]) -> None:
+        self._total = max(total, 1)
+        self._stage = stage
+        self._progress = progress
+        self._shown = -1
+
+    def __call__(self, number: int) -> None:
+        percent = min(100 * number // self._total, 100)
+        if percent != self._shown:
+            self._shown = percent
+            bar = "━" * (percent // 5) + "╌" * (20 - percent // 5)
+            self._progress(f"{self._stage} {bar} {number}/{self._total} tensors")
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,26 +200,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
     return config
-
-
-def _read(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and processor; CheckpointError where tensors are missing, unexpected or misshapen."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they come back by name, and are refused below
-            **options,
-        )
-        processor = AutoProcessor.from_pretrained(directory, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{directory} cannot be loaded: {first_line}") from error
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, info[problem])):
-            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            kind = problem.removesuffix("_keys")
-            raise CheckpointError(f"{directory} has {len(names)} {kind} tensors: {shown}")
-    return model, processor

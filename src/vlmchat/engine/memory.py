@@ -1,40 +1,35 @@
-"""How much memory a checkpoint needs, and whether the machine has it: asked before loading.
+"""How much memory a model needs, and whether the machine has it: asked before weights are read.
 
-Reads safetensors headers only, no weights.
+Called by the loader with a model on the meta device, whose shapes are all known.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from vlmchat.errors import CheckpointError, OutOfMemory
-
-# Bytes per weight of the language model's linear layers. NF4: 4 bits and its block statistics.
-QUANTIZED_BYTES = {"8bit": 1.01, "4bit": 0.52}
-# Room for activations, the first keys and values, and what loading itself allocates.
-HEADROOM = 1.1
+from vlmchat.engine.assemble import Precision
+from vlmchat.engine.weights import HEADROOM, QUANTIZED_BYTES, is_linear, needed_bytes
+from vlmchat.errors import OutOfMemory
 
 
-def check_memory(
-    directory: Path, device: torch.device, dtype: torch.dtype, quantization: str | None
-) -> float:
+def check_memory(model: Any, precision: Precision) -> float:
     """Bytes the weights will take; raises OutOfMemory when the device has less free."""
-    linear, other = _count_weights(directory)
+    tensors = {id(t): (name, t.numel()) for name, t in model.state_dict(keep_vars=True).items()}
+    linear = sum(count for name, count in tensors.values() if is_linear(name))
+    other = sum(count for _, count in tensors.values()) - linear
 
     def need(kind: str | None) -> float:
-        return linear * QUANTIZED_BYTES.get(kind or "", dtype.itemsize) + other * dtype.itemsize
+        return needed_bytes(linear, other, precision.dtype.itemsize, kind)
 
-    needed, free = need(quantization), _free_bytes(device)
+    needed, free = need(precision.quantization), _free_bytes(precision.device)
     if needed * HEADROOM > free:
         smaller = [k for k in QUANTIZED_BYTES if need(k) < needed and need(k) * HEADROOM <= free]
         advice = f"add --load-{smaller[0]} or " if smaller else ""
         raise OutOfMemory(
-            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on {device}, "
+            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on {precision.device}, "
             f"{free / 1e9:.1f} GB are free; {advice}choose a smaller model"
         )
     return needed
@@ -44,33 +39,3 @@ def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
-
-
-def _count_weights(directory: Path) -> tuple[int, int]:
-    """Numbers of weights in the language model's linear layers, and in everything else."""
-    linear = other = 0
-    for file in directory.glob("*.safetensors"):
-        for name, shape in _shapes(file).items():
-            count = math.prod(shape)
-            if "language_model" in name and name.endswith("_proj.weight"):
-                linear += count
-            else:
-                other += count
-    # Pickled shards are not opened here: released ones hold two bytes per weight.
-    if not linear + other:
-        linear = sum(file.stat().st_size for file in directory.glob("*.bin")) // 2
-    return linear, other
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes from a safetensors header: 8 bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > file.stat().st_size:
-                raise ValueError("header longer than the file")
-            header = json.loads(stream.read(size))
-        header.pop("__metadata__", None)
-        return {name: tensor["shape"] for name, tensor in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is broken ({error}); download it again") from error

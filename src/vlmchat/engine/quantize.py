@@ -1,7 +1,8 @@
-"""Replace a language model's linear layers by bitsandbytes' 8-bit or 4-bit ones.
+"""Make bitsandbytes' 8-bit and 4-bit layers of a language model's linear layers.
 
-Called by the loader once the weights are read. The output head, the projector and the vision
-tower keep their precision: they are small, and an answer about a picture suffers most from them.
+Called as the weights arrive, so that a model never exists in 16 bits as a whole. The output head,
+the projector and the vision tower keep their precision: they are small, and an answer about a
+picture suffers most from them.
 """
 
 from __future__ import annotations
@@ -16,36 +17,48 @@ from torch import nn
 def quantize(model: Any, kind: str, device: torch.device, compute_dtype: torch.dtype) -> None:
     """Quantise `model.language_model` in place and move it to `device`.
 
-    kind: "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation).
+    For models that transformers has read whole. kind: see `quantized`.
     """
     language_model = model.model.language_model
     for name, linear in list(language_model.named_modules()):
         if isinstance(linear, nn.Linear):
-            replacement = _eight_bit(linear) if kind == "8bit" else _four_bit(linear, compute_dtype)
-            language_model.set_submodule(name, replacement.to(device))
+            replacement = quantized(linear, linear.weight.data, kind, device, compute_dtype)
+            language_model.set_submodule(name, replacement)
 
 
-def _eight_bit(linear: nn.Linear) -> Any:
-    replacement = bnb.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
-    )
-    # bitsandbytes quantises a half-precision weight when it is moved to its device.
-    replacement.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False)
-    replacement.bias = linear.bias
-    return replacement
+def quantized(
+    linear: nn.Linear,
+    weight: torch.Tensor,
+    kind: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> Any:
+    """A layer on `device` in place of `linear`, whose own weight may be on the meta device.
 
-
-def _four_bit(linear: nn.Linear, compute_dtype: torch.dtype) -> Any:
-    replacement = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=compute_dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-    )
-    replacement.weight = bnb.nn.Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-    )
-    replacement.bias = linear.bias
-    return replacement
+    weight: [out, in], of any floating dtype.
+    kind: "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation).
+    """
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    layer: Any
+    if kind == "8bit":
+        layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+        # bitsandbytes quantises a half-precision weight when it is moved to its device.
+        parameter = bnb.nn.Int8Params(weight.half(), requires_grad=False)
+    else:
+        layer = bnb.nn.Linear4bit(
+            *shape,
+            compute_dtype=compute_dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        parameter = bnb.nn.Params4bit(
+            weight.to(compute_dtype),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+    layer.weight = parameter.to(device)
+    if linear.bias is not None:
+        layer.bias = linear.bias if linear.bias.is_meta else nn.Parameter(linear.bias.to(device))
+    return layer

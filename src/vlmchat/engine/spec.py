@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vlmchat.engine.llava import check_original, is_original
 from vlmchat.errors import UnsupportedModel
 
 
@@ -89,18 +90,22 @@ class ModelSpec:
 def check_config(config: dict[str, Any], name: str) -> None:
     """Raise UnsupportedModel if a config.json is of a kind that is not served.
 
-    For use before a large download. The released LLaVA checkpoints share `model_type: "llava"`
-    with the Hugging Face layout but carry their settings as `mm_*` keys at the top.
+    For use before a large download.
     """
-    if "mm_vision_tower" in config:
+    if is_original(config):
+        check_original(config, name)
+    elif config.get("model_type") not in FAMILIES:
+        served = f"served are {', '.join(sorted(FAMILIES))}, and LLaVA's own layout"
+        if any("ForCausalLM" in str(each) for each in config.get("architectures") or ()):
+            raise UnsupportedModel(
+                f"{name} is a text model ({config.get('model_type')}), which cannot see pictures; "
+                "give a vision-language model, or this one as the --model-base of a LLaVA adapter"
+            )
+        raise UnsupportedModel(f"{name} is of type {config.get('model_type')!r}; {served}")
+    elif "quantization_config" in config:
         raise UnsupportedModel(
-            f"{name} is in the original LLaVA layout, which is not served yet; take the same model "
-            "in the Hugging Face layout, for example --model-path llava-hf/llava-1.5-7b-hf"
-        )
-    if config.get("model_type") not in FAMILIES:
-        raise UnsupportedModel(
-            f"{name} is of type {config.get('model_type')!r}; "
-            f"served are {', '.join(sorted(FAMILIES))}"
+            f"{name} is stored quantised, which is not served; take its full weights, "
+            "with --load-8bit or --load-4bit"
         )
 
 

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from vlmchat.engine.hub import read_json
+from vlmchat.engine.llava import language_model
 from vlmchat.errors import ConfigError
-
 
 # What stands for a picture in a rendered prompt.
 IMAGE_MARKER = "<image>"
@@ -121,6 +123,12 @@ _NAME_PARTS = (
     ("", "llava_v0"),
 )
 
+_TOKENIZER_SIGNS = (
+    ("<|im_start|>", "chatml_direct"),
+    ("<<SYS>>", "llava_llama_2"),
+    ("[INST]", "mistral_instruct"),
+)
+
 
 def template(name: str) -> ConversationTemplate:
     """The template of that name; ConfigError, with the names there are, if there is none."""
@@ -146,6 +154,26 @@ def _build(name: str, format_: Mapping[str, Any]) -> ConversationTemplate:
     jinja = f"{{%- set form = {json.dumps(form)} -%}}\n{body}"
     after = form["assistant"]["after"]
     return ConversationTemplate(name, jinja, (after,) if after in _STOPS else ())
+
+
+def template_for_checkpoint(
+    directory: Path, config: Mapping[str, Any], name: str
+) -> tuple[str, str]:
+    """The name of LLaVA's template for a checkpoint in LLaVA's own layout, and the rule why.
+
+    By its config and its tokenizer's where these can tell; by its name as the last resort.
+    """
+    if language_model(config) == "mistral":
+        return "mistral_instruct", "the Mistral language model in config.json"
+    settings = read_json(directory / "tokenizer_config.json")
+    chat = json.dumps([settings.get("chat_template"), settings.get("added_tokens_decoder")])
+    for sign, found in _TOKENIZER_SIGNS:
+        if sign in chat:
+            return found, f"{sign} in tokenizer_config.json"
+    found, rule = template_for_model(name)
+    if found == _NAME_PARTS[-1][1] and "gelu" in str(config.get("mm_projector_type")):
+        return "llava_v1", "the projector of LLaVA-1.5 in config.json"
+    return found, rule
 
 
 def template_for_model(model: str) -> tuple[str, str]:

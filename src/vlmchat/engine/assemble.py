@@ -1,0 +1,142 @@
+"""Put tensors into a model that was built without memory, one by one, each in its final form.
+
+Called by the loader. Peak memory is the finished model and what the reader holds: a tensor is
+cast, moved and quantised as it arrives. What lacks, is left over or does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmchat.engine.tensors import NamedTensor
+from vlmchat.errors import CheckpointError
+
+# Left in files by older versions of transformers; computed from the config today.
+COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids)$"
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What weights become: their device, their dtype, and "8bit", "4bit" or None."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint that is all there and understood; its weights are yet to be read.
+
+    model: on the meta device.  tensors: by the model's names.  context_limit: besides the
+    config's, where the checkpoint has one.  rename: from names in files to the model's.
+    """
+
+    model: Any
+    tensors: Iterable[NamedTensor]
+    processor: Any
+    generation_config: Any
+    context_limit: int | None = None
+    rename: Callable[[str], str] = lambda name: name
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a reader brought, by the model's names."""
+
+    seen: set[str] = field(default_factory=set)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+
+def assemble(
+    model: Any,
+    tensors: Iterable[NamedTensor],
+    precision: Precision,
+    source: str,
+    arrived: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Fill `model`, a transformers model on the meta device, and leave it ready to run.
+
+    tensors: by the model's own names.  source: what an error calls the checkpoint.
+    arrived: told how many tensors have been taken so far.
+    Raises CheckpointError that names tensors which are missing, unexpected or misshapen.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = _Found()
+    for name, tensor in tensors:
+        if name not in shapes:
+            found.unexpected.append(name)
+        elif tensor.shape != shapes[name]:
+            found.mismatched.append(
+                f"{name} is {list(tensor.shape)} in place of {list(shapes[name])}"
+            )
+        else:
+            _place(model, name, tensor, precision)
+        found.seen.add(name)
+        arrived(len(found.seen))
+    missing = set(shapes) - found.seen
+    _refuse(model, missing, found, source)
+    _compute_buffers(model, precision.device)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.eval()
+
+
+def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if to.quantization and leaf == "weight" and _is_quantizable(module, module_name):
+        from vlmchat.engine.quantize import quantized
+
+        layer = quantized(module, tensor, to.quantization, to.device, to.dtype)
+        model.set_submodule(module_name, layer)
+        return
+    value = tensor.to(to.device, to.dtype if tensor.is_floating_point() else tensor.dtype)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+def _is_quantizable(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "language_model." in name
+
+
+def _refuse(model: Any, missing: set[str], found: _Found, source: str) -> None:
+    """Raise CheckpointError for the first kind of trouble there is."""
+    tied = model.all_tied_weights_keys.items()
+    excused = {a for a, b in tied if b not in missing} | {b for a, b in tied if a not in missing}
+    absent = _without(missing - excused, model._keys_to_ignore_on_load_missing)
+    left_over = _without(found.unexpected, model._keys_to_ignore_on_load_unexpected)
+    troubles = {"missing": absent, "mismatched": sorted(found.mismatched), "unexpected": left_over}
+    for kind, names in troubles.items():
+        if names:
+            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            raise CheckpointError(f"{source} has {len(names)} {kind} tensors: {shown}")
+
+
+def _without(names: Iterable[str], ignored: Iterable[str] | None) -> list[str]:
+    patterns = [COMPUTED, *(ignored or ())]
+    return sorted(n for n in names if not any(re.search(pattern, n) for pattern in patterns))
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no file holds (rotary frequencies, position ids), by the model's own rules."""
+    computing = set()
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        module._buffers[leaf] = torch.empty_like(buffer, device=device)
+        computing.add(module)
+    # transformers initialises what does not bear this mark.
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = module not in computing
+    model.initialize_weights()

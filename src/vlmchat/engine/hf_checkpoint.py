@@ -1,0 +1,66 @@
+"""Open a checkpoint in the Hugging Face layout, with whatever names its version gave the tensors.
+
+Called by the loader. Builds the model without memory; the weights come as a stream, renamed by
+transformers' own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from vlmchat.engine.assemble import Opened
+from vlmchat.engine.hf_processor import read_processor
+from vlmchat.engine.tensors import model_files, read_tensors
+from vlmchat.errors import CheckpointError, UnsupportedModel
+
+
+def open_hugging_face(directory: Path) -> Opened:
+    """Raises CheckpointError where files lack or are damaged."""
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        processor = read_processor(directory, config)
+        generation_config = read_generation_config(directory, model)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise CheckpointError(f"{directory} cannot be loaded: {first_line}") from error
+    files = model_files(directory)
+    if not files:
+        raise CheckpointError(f"{directory} has no weights as .safetensors or .bin")
+    rename = _renaming(model)
+    tensors = ((rename(name), tensor) for name, tensor in read_tensors(files))
+    return Opened(model, tensors, processor, generation_config, rename=rename)
+
+
+def read_generation_config(directory: Path, model: Any) -> Any:
+    """generation_config.json, or what the model's config says of generation."""
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return GenerationConfig.from_model_config(model.config.get_text_config())
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """From names in files, of transformers 4.3x, 4.52+ or 5, to the model's."""
+    rules = get_model_conversion_mapping(model)
+    if not all(isinstance(rule, WeightRenaming) for rule in rules):
+        raise UnsupportedModel(
+            f"the weights of {model.config.model_type} would have to be rearranged, "
+            "which is not served; choose another model"
+        )
+    own = model.state_dict()
+
+    def rename(name: str) -> str:
+        renamed, _ = rename_source_key(name, rules, [], model.base_model_prefix, own)
+        return str(renamed)
+
+    return rename
