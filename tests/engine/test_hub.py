@@ -39,7 +39,6 @@ TOWER: dict[str, bytes] = {
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     monkeypatch.setattr(download, "RESUMED_BYTES", 50_000)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)  # of 10 MB
-    monkeypatch.setattr("vlmchat.engine.hub.check_config", lambda config, name: None)
     with serve(monkeypatch, str(tmp_path / "cache")) as running:
         yield running
 
@@ -302,6 +301,15 @@ def test_find_says_that_the_hub_does_not_answer(
 def test_find_refuses_a_repository_that_is_no_model(hub: FakeHub) -> None:
     hub.add("who/dataset", README__md=b"#")
     assert "has no config.json" in error_of("who/dataset").message
+
+
+def test_find_takes_a_text_model_as_a_base_only(hub: FakeHub) -> None:
+    config = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    hub.add("who/vicuna", config__json=config, model__safetensors=WEIGHTS)
+    assert isinstance(error_of("who/vicuna"), UnsupportedModel)
+    assert hub.gets("model.safetensors") == []
+    base = find_checkpoint("who/vicuna", None, lambda stage: None, as_base=True)
+    assert (base / "model.safetensors").exists()
 
 
 def test_find_refuses_a_repository_without_weights_of_a_known_form(hub: FakeHub) -> None:

@@ -105,9 +105,7 @@ def tower_here(name: str, relative_to: Path, choice: Choice | None = None) -> Pa
     return found if found and not missing_files(found, choice or _tower_files) else None
 
 
-def pull(
-    repo: str, revision: str | None, progress: Progress, *, as_base: bool = False
-) -> Path:
+def pull(repo: str, revision: str | None, progress: Progress, *, as_base: bool = False) -> Path:
     """Like `find_checkpoint` for a hub id, but the hub is asked for the newest state.
 
     What is there already is not downloaded again, an interrupted download goes on.
