@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
+from tests.engine.reference import Reference
 from tests.families import MAKERS, make_family
+from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
-from vlmchat.engine.adapters import _bare, base_of, is_adapter, read_adapter
+from vlmchat.config import ModelConfig
+from vlmchat.conversation import Conversation
+from vlmchat.engine.adapters import _bare, base_of, read_adapter
+from vlmchat.engine.engine import Engine
 from vlmchat.errors import CheckpointError, UnsupportedModel
+from vlmchat.request import SamplingParams
 
 TEXT, TOWER = "language_model", "vision_tower"
 # The model's own name -> the adapter's, as PEFT writes it over transformers 5, 4.52 and earlier.
@@ -122,18 +128,40 @@ def test_adapter_for_another_model_is_refused_by_the_layer_that_is_not_there(
 
 def test_adapter_names_its_base(tmp_path: Path, base: Weights) -> None:
     write_adapter(tmp_path, base, base_model_name_or_path="owner/name")
-    assert is_adapter(tmp_path)
     assert base_of(tmp_path) == "owner/name"
     write_adapter(tmp_path, base, base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="--model-base"):
         base_of(tmp_path)
 
 
-def test_a_whole_model_or_an_original_lora_is_no_adapter(tmp_path: Path, base: Weights) -> None:
-    assert not is_adapter(make_tiny_llava(tmp_path / "whole"))
-    write_adapter(tmp_path / "original", base)
-    (tmp_path / "original" / "config.json").write_text('{"mm_vision_tower": "tower"}')
-    assert not is_adapter(tmp_path / "original")
+@pytest.mark.parametrize("named", [True, False], ids=["base-in-config", "base-as-option"])
+def test_adapter_answers_as_its_base_with_merged_weights(tmp_path: Path, named: bool) -> None:
+    base = make_tiny_llava(tmp_path / "base")
+    reference = Reference(base)
+    weights = reference.model.state_dict()
+    settings: dict[str, Any] = {"base_model_name_or_path": str(base)} if named else {}
+    tensors = write_adapter(tmp_path / "adapter", weights, **settings)
+    for own, layer in LAYERS.items():
+        stem = f"base_model.model.{layer}.lora"
+        weights[f"{own}.weight"] += 2 * tensors[f"{stem}_B.weight"] @ tensors[f"{stem}_A.weight"]
+    question = Conversation().ask("what is it", (noise_image(1),))
+    config = ModelConfig(str(tmp_path / "adapter"), base=None if named else str(base), device="cpu")
+    engine = Engine.load(config)
+    stream = engine.stream(question, SamplingParams(temperature=0, max_new_tokens=12))
+    assert list(stream)[-1].usage is not None
+    engine.close()
+    assert stream.sequence is not None
+    assert stream.sequence.tokens == reference.answer_ids(question, 12)
+
+
+def test_adapter_on_a_base_in_llavas_own_layout_is_refused(tmp_path: Path, base: Weights) -> None:
+    write_adapter(tmp_path / "adapter", base)
+    (tmp_path / "base").mkdir()
+    original = {"model_type": "llava", "mm_vision_tower": "owner/name"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(original))
+    config = ModelConfig(str(tmp_path / "adapter"), base=str(tmp_path / "base"), device="cpu")
+    with pytest.raises(UnsupportedModel, match="Hugging Face layout"):
+        Engine.load(config)
 
 
 @pytest.mark.parametrize("family", MAKERS)

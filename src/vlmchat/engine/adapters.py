@@ -1,7 +1,7 @@
 """PEFT adapters on checkpoints in transformers' layout: their base, and their layers by name.
 
-Called by the loader, which reads the base and passes every weight through `Lora.merge`; so nothing
-of PEFT is needed. LLaVA's own LoRA checkpoints have an original config and are read elsewhere.
+Called by the loader, which reads the base and passes its weights through `Lora.merged`; so nothing of
+PEFT is needed. LoRA checkpoints as LLaVA's own code writes them are read elsewhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmchat.engine.hub import read_config, read_json, weight_files
-from vlmchat.engine.llava import is_original
+from vlmchat.engine.hub import read_json
 from vlmchat.engine.lora import Lora
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
@@ -31,13 +30,6 @@ _OTHER_METHODS = (
 )
 # Ways to begin a training that change the base's weights too.
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds a PEFT adapter alone, on a base in transformers' layout."""
-    if not (directory / ADAPTER_CONFIG).is_file() or is_original(read_config(directory)):
-        return False
-    return not weight_files(file.name for file in directory.iterdir())
 
 
 def base_of(directory: Path) -> str:
