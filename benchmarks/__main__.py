@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 
-from benchmarks import startup, turns
+from benchmarks import fidelity, startup, turns
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}\n")
     startup.main()
     turns.main()
+    fidelity.main()
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def test_models_show_reads_the_original_layout_without_its_tower(cli: Cli, tmp_p
     assert (shown["parameters"], shown["context_length"]) == (64, 2048)
     assert shown["image_tokens"] is None
     assert shown["memory"] == {}
+    text = cli("models", "show", str(tmp_path / "original")).out
+    assert "vision tower  who/tower (not on this machine)\n" in text
 
 
 def test_models_show_counts_the_tower_of_the_original_layout(cli: Cli, tmp_path: Path) -> None:

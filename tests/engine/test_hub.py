@@ -218,6 +218,34 @@ def test_find_completes_shards_that_the_index_names_without_a_listing(hub: FakeH
     assert (find("who/model") / "model-00002-of-00002.safetensors").exists()
 
 
+def test_find_does_not_miss_shards_of_the_form_that_was_not_fetched(
+    hub: FakeHub, no_network: Any
+) -> None:
+    """Both indexes are small files and so both are there; only one form's shards are."""
+    texts = {
+        f"{stem}__{form}__index__json": json.dumps(
+            {"weight_map": {"x": f"{stem}-00001-of-00001.{form}"}}
+        ).encode()
+        for stem, form in (("model", "safetensors"), ("pytorch_model", "bin"))
+    }
+    shards = {"model-00001-of-00001__safetensors": WEIGHTS}
+    repo = hub.add("who/model", config__json=CONFIG, **shards, **texts)
+    directory = find("who/model")
+    (directory.parent.parent / "trees" / f"{repo.commit}.json").unlink()
+    no_network()
+    assert find("who/model") == directory
+
+
+def test_pull_says_that_what_is_here_is_whole_when_offline(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("who/model", **MODEL)
+    find("who/model")
+    offline(monkeypatch)
+    with pytest.raises(NetworkError, match="who/model stays as it is here, which is whole"):
+        pull("who/model", None, lambda stage: None)
+
+
 def test_download_goes_on_where_it_was_cut_off(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -294,6 +294,7 @@ def _print_model(name: str, found: Checkpoint, devices: dict[str, int]) -> None:
     from vlmchat.engine.download import size
 
     unknown = "not told by the files"
+    away = "" if found.tower_here else " (not on this machine)"
     fewest, most = found.image_tokens or (0, 0)
     lines = {
         "model": name,
@@ -301,7 +302,7 @@ def _print_model(name: str, found: Checkpoint, devices: dict[str, int]) -> None:
         "family": found.family,
         "layout": str(found.layout),
         "problem": found.problem,
-        "vision tower": found.tower,
+        "vision tower": found.tower and found.tower + away,
         "base": found.base,
         "on disk": size(found.num_bytes),
         "parameters": f"{found.parameters / 1e6:,.0f} million" if found.parameters else unknown,

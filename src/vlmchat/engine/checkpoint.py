@@ -76,7 +76,8 @@ class Checkpoint:
 
     problem: why it cannot be run as it is; None if it can.  parameters, context_length,
     image_tokens (fewest, most per picture): None where the files do not tell.  memory_bytes: by
-    precision, with room for work.  tower, base: the other models that it takes.
+    precision, with room for work.  tower, base: the other models that it takes; tower_here: the
+    tower's directory, None where it is not on this machine.
     """
 
     directory: Path
@@ -89,6 +90,7 @@ class Checkpoint:
     image_tokens: tuple[int, int] | None
     template: str
     tower: str | None
+    tower_here: Path | None
     base: str | None
     memory_bytes: dict[str, int]
 
@@ -167,6 +169,7 @@ def inspect(directory: Path, name: str) -> Checkpoint:
         image_tokens=image_tokens(config, read_config(tower_directory) if tower_directory else {}),
         template=_template(directory, layout, name),
         tower=tower,
+        tower_here=tower_directory,
         base=adapter.get("base_model_name_or_path"),
         memory_bytes=_memory(tensors) if whole else {},
     )

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import get_cached_repo_tree, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
@@ -165,10 +166,13 @@ def missing_files(directory: Path, choice: Choice = needed_files) -> list[str]:
     if not any((directory / name).is_file() for name in CONFIGS):
         return ["config.json"]
     present = [file.name for file in directory.iterdir()]
-    for index in directory.glob("*.index.json"):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if weight_files(shards) and (absent := sorted(shards.difference(present))):
-            return absent
+    form = {Path(name).suffix for name in weight_files(present)}  # of two, only one is fetched
+    for index in sorted(directory.glob("*.index.json")):
+        shards = weight_files(sorted(set(read_json(index).get("weight_map", {}).values())))
+        if shards and form <= {Path(shards[0]).suffix}:
+            if absent := [shard for shard in shards if shard not in present]:
+                return absent
+            break
     chosen = choice(present)
     if choice is not _tower_settings and not any(is_weights(name) for name in chosen):
         return ["the weights"]
@@ -281,7 +285,7 @@ def _download(listing: Listing, choice: Choice, progress: Progress) -> Path:
 
 def _missing(repo: str, found: Path | None, cause: NetworkError) -> NetworkError:
     """The line for a checkpoint that is not all here, with what is missing."""
-    if found is None:
+    if found is None or isinstance(cause.__cause__, HfHubHTTPError):
         return cause
     absent = missing_files(found)
     what = absent[:1] + ([f"{len(absent) - 1} more files"] if len(absent) > 1 else [])
@@ -290,4 +294,6 @@ def _missing(repo: str, found: Path | None, cause: NetworkError) -> NetworkError
         own_weights = config.get("unfreeze_mm_vision_tower")
         if tower_here(tower, found, _tower_settings if own_weights else _tower_files) is None:
             what.append(f"its vision tower {tower}")
-    return unreachable(f"{repo} lacks {' and '.join(what)}, which") if what else cause
+    if not what:
+        return NetworkError(f"the hub does not answer; {repo} stays as it is here, which is whole")
+    return unreachable(f"{repo} lacks {' and '.join(what)}, which")
