@@ -20,7 +20,7 @@ from vlmchat.engine.hf_processor import pictures_only
 CONTEXT_LENGTH = 1024
 TEXT = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -16,6 +16,7 @@ class Reference:
     """An unmodified model and processor of transformers, with no cache between calls."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.model: Any = AutoModelForImageTextToText.from_pretrained(directory).eval()
         self.processor: Any = read_processor(directory, self.model.config)
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
-from tests.engine.reference import Reference
 from tests.families import MAKERS, make_family
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
@@ -134,24 +133,34 @@ def test_adapter_names_its_base(tmp_path: Path, base: Weights) -> None:
         base_of(tmp_path)
 
 
+@pytest.mark.parametrize("quantization", [None, "4bit"])
 @pytest.mark.parametrize("named", [True, False], ids=["base-in-config", "base-as-option"])
-def test_adapter_answers_as_its_base_with_merged_weights(tmp_path: Path, named: bool) -> None:
+def test_adapter_answers_as_the_model_that_it_was_merged_into(
+    tmp_path: Path, named: bool, quantization: str | None
+) -> None:
     base = make_tiny_llava(tmp_path / "base")
-    reference = Reference(base)
-    weights = reference.model.state_dict()
+    merged = make_tiny_llava(tmp_path / "merged")
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    weights = model.state_dict()
     settings: dict[str, Any] = {"base_model_name_or_path": str(base)} if named else {}
     tensors = write_adapter(tmp_path / "adapter", weights, **settings)
     for own, layer in LAYERS.items():
         stem = f"base_model.model.{layer}.lora"
         weights[f"{own}.weight"] += 2 * tensors[f"{stem}_B.weight"] @ tensors[f"{stem}_A.weight"]
-    question = Conversation().ask("what is it", (noise_image(1),))
-    config = ModelConfig(str(tmp_path / "adapter"), base=None if named else str(base), device="cpu")
+    model.save_pretrained(merged)
+    option = None if named else str(base)
+    assert answer(tmp_path / "adapter", option, quantization) == answer(merged, None, quantization)
+
+
+def answer(directory: Path, base: str | None, quantization: str | None) -> list[int]:
+    config = ModelConfig(str(directory), base=base, quantization=quantization, device="cpu")
     engine = Engine.load(config)
+    question = Conversation().ask("what is it", (noise_image(1),))
     stream = engine.stream(question, SamplingParams(temperature=0, max_new_tokens=12))
     assert list(stream)[-1].usage is not None
     engine.close()
     assert stream.sequence is not None
-    assert stream.sequence.tokens == reference.answer_ids(question, 12)
+    return stream.sequence.tokens
 
 
 def test_adapter_on_a_base_in_llavas_own_layout_is_refused(tmp_path: Path, base: Weights) -> None:

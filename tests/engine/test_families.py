@@ -10,6 +10,7 @@ import pytest
 from tests.engine.reference import Reference
 from tests.families import CONTEXT_LENGTH, MAKERS, make_family
 from tests.pictures import noise_image
+from vlmchat.config import ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine
 from vlmchat.engine.processor import Processor
@@ -119,3 +120,18 @@ def test_family_keeps_special_tokens_that_a_person_types_as_text(family: Family)
     typed = "".join(family.reference.processor.tokenizer.all_special_tokens)
     prompt = family.processor.encode(Conversation().ask(typed, (SMALL,)))
     assert [i for i in prompt.ids if i in token_ids] == [i for i in plain.ids if i in token_ids]
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_family_loads_from_disk_in_full_or_quantised(
+    family: Family, quantization: str | None
+) -> None:
+    directory = family.reference.directory
+    engine = Engine.load(ModelConfig(str(directory), device="cpu", quantization=quantization))
+    stream = engine.stream(TWO, GREEDY)
+    assert list(stream)[-1].usage is not None
+    engine.close()
+    assert stream.sequence is not None
+    expected = family.reference.answer_ids(TWO, GREEDY.max_new_tokens)
+    # A random model's answer is another one once its weights are rounded.
+    assert (stream.sequence.tokens == expected) == (quantization is None)

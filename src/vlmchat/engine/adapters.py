@@ -1,6 +1,6 @@
 """PEFT adapters on checkpoints in transformers' layout: their base, and their layers by name.
 
-Called by the loader, which reads the base and passes its weights through `Lora.merged`; so nothing of
+Called by the loader, which reads the base and passes its weights through `Lora.merged`; nothing of
 PEFT is needed. LoRA checkpoints as LLaVA's own code writes them are read elsewhere.
 """
 
