@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
@@ -55,6 +56,31 @@ def test_match_ids_tell_pictures_apart_and_keep_the_prefix(processor: Processor)
     assert first.match_ids[start:stop] != other.match_ids[start:stop]
     assert both.match_ids[:stop] == first.match_ids[:stop]
     assert first.num_image_tokens == 4
+
+
+class Counting:
+    """A processor that counts its calls."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.calls += 1
+        return self._processor(**inputs)
+
+
+def test_each_picture_is_processed_once_in_a_conversation(reference: Reference) -> None:
+    counting = Counting(reference.processor)
+    spec = read_spec(reference.model.config, GenerationConfig(), counting)
+    processor = Processor(counting, spec)
+    for conversation in (ONE_TURN.ask("and this", (A, B)), ONE_TURN.ask("why", (B,))):
+        processor.count(conversation)
+        processor.encode(conversation)
+    assert counting.calls == 2
 
 
 def test_next_turn_begins_with_the_last_prompt(processor: Processor) -> None:

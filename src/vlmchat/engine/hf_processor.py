@@ -15,6 +15,8 @@ from typing import Any
 import transformers
 from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoTokenizer
 
+from vlmchat.errors import UnsupportedModel
+
 # Where a checkpoint may name its processor's class, first come first.
 NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -22,7 +24,8 @@ NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_
 def read_processor(directory: Path, config: Any) -> Any:
     """The processor in `directory`; `config` is the model's, for checkpoints that name none.
 
-    Raises OSError, ValueError or TypeError, as transformers does, where files lack or are damaged.
+    Raises OSError, ValueError or TypeError, as transformers does, where files lack or are damaged,
+    and UnsupportedModel where transformers wants a package that is not there.
     """
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     kind = getattr(transformers, _class_name(directory), None) or PROCESSOR_MAPPING[type(config)]
@@ -32,7 +35,10 @@ def read_processor(directory: Path, config: Any) -> Any:
         "image_processor": AutoImageProcessor.from_pretrained(directory, backend="pil", **options),
     }
     arguments = [parts.get(name) for name in kind.get_attributes()]
-    return pictures_only(kind).from_args_and_dict(arguments, settings)
+    try:
+        return pictures_only(kind).from_args_and_dict(arguments, settings)
+    except ImportError as error:
+        raise UnsupportedModel(f"the processor in {directory} cannot be used: {error}") from error
 
 
 def pictures_only(kind: Any) -> Any:

@@ -73,12 +73,12 @@ class Processor:
 
         Raises UnsupportedModel when there is neither.
         """
-        own = hf_processor.chat_template or spec.chat_template
-        if template is None and not own:
+        given = template.jinja if template else spec.chat_template
+        if not (given or hf_processor.chat_template):
             raise UnsupportedModel("the checkpoint has no chat template; choose one by --conv-mode")
         self._hf = hf_processor
         self._spec = spec
-        self._jinja = template.jinja if template else own
+        self._jinja = given  # None: the checkpoint's own
         self._marker = IMAGE_MARKER if template else spec.image_token
         self.stop = template.stop if template else ()  # strings that end an answer
         self._inputs: OrderedDict[str, dict[str, Any]] = OrderedDict()

@@ -37,7 +37,7 @@ class Family:
     """What all checkpoints of one `model_type` have in common.
 
     crowds: a picture is processed in another way where a conversation holds several.
-    chat_template: for families whose checkpoints have none.
+    chat_template: for families whose checkpoints have none of their own.
     """
 
     name: str
@@ -126,7 +126,7 @@ def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
         both_ways=family.both_ways,
         crowds=family.crowds,
         grid_positions="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
-        chat_template=family.chat_template,
+        chat_template=None if processor.chat_template else family.chat_template,
     )
 
 
