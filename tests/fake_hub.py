@@ -77,7 +77,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, cache: str) -> Iterator[FakeHub]:
     """A running hub that huggingface_hub in this process talks to, with an empty cache."""
     hub = FakeHub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -94,6 +94,11 @@ def serve(monkeypatch: pytest.MonkeyPatch, cache: str) -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is what some tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -311,6 +311,7 @@ def test_find_takes_a_revision(hub: FakeHub) -> None:
         pytest.param(403, "GatedRepo", "is gated", id="gated"),
         pytest.param(404, "RepoNotFound", "no model who/model on the hub", id="absent"),
         pytest.param(503, "", "the hub answers 503 Service Unavailable", id="down"),
+        pytest.param(200, "", "what answers for who/model is not the hub", id="another-server"),
         pytest.param(429, "", "the hub answers 429", id="too-many-requests"),
     ],
 )

@@ -174,9 +174,12 @@ def verify(
     """
     with _reporting(as_json):
         name = resolve_model(model, read_aliases(config))
+        from rich.console import Console
+
         from vlmchat.engine.checkpoint import verify as check
 
-        counts, problems = check(_on_this_machine(name, revision))
+        with Console(stderr=True).status("checking") as status:  # hashing 10 GB takes its time
+            counts, problems = check(_on_this_machine(name, revision), status.update)
         if as_json:
             _print_json("verified", model=name, ok=not problems, checked=counts, problems=problems)
         else:
@@ -294,7 +297,7 @@ def _print_model(name: str, found: Checkpoint, devices: dict[str, int]) -> None:
     from vlmchat.engine.download import size
 
     unknown = "not told by the files"
-    away = "" if found.tower_here else " (not on this machine)"
+    away = " (not on this machine)" if found.tower and not found.tower_here else ""
     fewest, most = found.image_tokens or (0, 0)
     lines = {
         "model": name,
@@ -305,13 +308,13 @@ def _print_model(name: str, found: Checkpoint, devices: dict[str, int]) -> None:
         "vision tower": found.tower and found.tower + away,
         "base": found.base,
         "on disk": size(found.num_bytes),
-        "parameters": f"{found.parameters / 1e6:,.0f} million" if found.parameters else unknown,
+        "parameters": _count(found.parameters) if found.parameters else unknown,
         "context": f"{found.context_length} tokens" if found.context_length else unknown,
-        "a picture": (f"{fewest} to {most}" if fewest < most else f"{most}") + " tokens"
-        if most
-        else "as many tokens as its size asks for",
+        "a picture": f"{fewest} to {most} tokens" if fewest < most else f"{most} tokens",
         "template": found.template,
     }
+    if not most:
+        lines["a picture"] = f"depends on {'its size' if not away else 'the vision tower'}"
     for title, value in lines.items():
         if value is not None:
             print(f"{title:13} {value}")
@@ -319,8 +322,18 @@ def _print_model(name: str, found: Checkpoint, devices: dict[str, int]) -> None:
         fits = [device for device, free in devices.items() if need <= free]
         verdict = f"fits on {', '.join(fits)}" if fits else "does not fit"
         print(f"{precision:13} {size(need)} of memory, {verdict}")
+    if not found.memory_bytes:
+        print(f"{'memory':13} depends on {found.base or 'a model'} that is not part of it")
     told = ", ".join(f"{device} {size(free)}" for device, free in devices.items())
     print(f"{'free memory':13} {told}")
+
+
+def _count(number: int) -> str:
+    """`7.06 billion`."""
+    for word, unit in (("billion", 1e9), ("million", 1e6)):
+        if number >= unit:
+            return f"{number / unit:.3g} {word}"
+    return f"{number:,}"
 
 
 def _print_list(found: list[Listed]) -> None:

@@ -10,7 +10,7 @@ import ast
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +33,7 @@ from vlmchat.engine.hub import (
 )
 from vlmchat.engine.llava import is_original
 from vlmchat.engine.spec import FAMILIES, check_config
-from vlmchat.engine.templates import template_for_model
+from vlmchat.engine.templates import template_for_checkpoint
 from vlmchat.engine.weights import (
     HEADROOM,
     TensorHeader,
@@ -156,7 +156,9 @@ def inspect(directory: Path, name: str) -> Checkpoint:
     if tower_directory is not None and not any("vision_model" in name for name in tensors):
         own = {f"vision.{n}": t for n, t in read_headers(tower_directory).items() if "vision" in n}
         tensors |= own
-    whole = layout in WHOLE_LAYOUTS and (not tower or tower_directory)
+    whole = bool(weight_files({tensor.file for tensor in tensors.values()})) and (
+        not tower or tower_directory is not None
+    )
     adapter = read_json(directory / "adapter_config.json")
     return Checkpoint(
         directory=directory,
@@ -167,7 +169,7 @@ def inspect(directory: Path, name: str) -> Checkpoint:
         parameters=sum(t.num_weights for t in tensors.values()) if tensors else None,
         context_length=_context_length(directory, config),
         image_tokens=image_tokens(config, read_config(tower_directory) if tower_directory else {}),
-        template=_template(directory, layout, name),
+        template=_template(directory, layout, config, name),
         tower=tower,
         tower_here=tower_directory,
         base=adapter.get("base_model_name_or_path"),
@@ -206,7 +208,9 @@ def image_tokens(config: Mapping[str, Any], tower: Mapping[str, Any]) -> tuple[i
     return (side * side + with_class,) * 2
 
 
-def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
+def verify(
+    directory: Path, progress: Callable[[str], None] = lambda stage: None
+) -> tuple[dict[str, int], list[str]]:
     """Check a checkpoint's files: what was looked at, counted, and every problem found.
 
     Tensors: every file's table is sound and fits its size, every tensor that the index names is
@@ -234,6 +238,7 @@ def verify(directory: Path) -> tuple[dict[str, int], list[str]]:
         expected = _known_hash(directory / name)
         if expected is not None:
             hashes += 1
+            progress(f"reading {name}")
             if _hash_like(expected, directory / name) != expected:
                 problems.append(f"{name} is damaged: its hash is not the hub's")
     return {"files": len(files), "tensors": len(tensors), "hashes": hashes}, problems
@@ -293,15 +298,18 @@ def _context_length(directory: Path, config: Mapping[str, Any]) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def _template(directory: Path, layout: Layout, name: str) -> str:
+def _template(directory: Path, layout: Layout, config: Mapping[str, Any], name: str) -> str:
     """The prompt format in words."""
-    files = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-    own = [f for f in (*files, "processor_config.json") if (directory / f).exists()]
-    if any(f.endswith(".jinja") or read_json(directory / f).get("chat_template") for f in own):
-        return "the checkpoint's own"
     if layout in (Layout.ORIGINAL, Layout.ORIGINAL_LORA, Layout.PROJECTOR_ONLY):
-        found, rule = template_for_model(name)
-        return f"{found} (by {rule}; --conv-mode chooses another)"
+        found, rule = template_for_checkpoint(directory, config, name)
+        return f"{found}, by {rule}; --conv-mode chooses another"
+    files = ("chat_template.json", "tokenizer_config.json", "processor_config.json")
+    own = any(read_json(directory / file).get("chat_template") for file in files)
+    if own or (directory / "chat_template.jinja").exists():
+        return "the checkpoint's own"
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None and family.chat_template:
+        return "the family's"
     return "none in the checkpoint; --conv-mode chooses one"
 
 

@@ -197,7 +197,7 @@ def _told(repo: str, revision: str | None, to_come: int = 0) -> Iterator[None]:
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelNotFound(
-            f"no model {repo} on the hub, or it is private (then set HF_TOKEN)"
+            f"no model {repo} on the hub, or it is private (then set HF_TOKEN to one that may read)"
         ) from error
     except errors.HfHubHTTPError as error:
         status = f"{error.response.status_code} {error.response.reason_phrase}"
@@ -210,3 +210,7 @@ def _told(repo: str, revision: str | None, to_come: int = 0) -> Iterator[None]:
         if error.errno is not None:  # the cache cannot be written: told with its path
             raise
         raise NetworkError(f"{repo} did not arrive whole ({error}); start again") from error
+    except (ValueError, LookupError, TypeError) as error:  # a login page, a mirror that is none
+        raise NetworkError(
+            f"what answers for {repo} is not the hub; check the network and HF_ENDPOINT"
+        ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
@@ -152,7 +152,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return small + whole + adapter + rest + projector
 
 
-def weight_files(names: Iterable[str]) -> list[str]:
+def weight_files(names: Collection[str]) -> list[str]:
     """The files of a whole model's weights, in the form that is preferred."""
     found = ([n for n in names if pattern.fullmatch(n)] for pattern in WHOLE)
     return next((each for each in found if each), [])
