@@ -35,7 +35,7 @@ class Opened:
     """A checkpoint that is all there and understood; its weights are yet to be read.
 
     model: on the meta device.  tensors: by the model's names.  context_limit: besides the
-    config's, where the checkpoint has one.  rename: from names in files to the model's.
+    config's, where the checkpoint has one.
     """
 
     model: Any
@@ -43,7 +43,6 @@ class Opened:
     processor: Any
     generation_config: Any
     context_limit: int | None = None
-    rename: Callable[[str], str] = lambda name: name
 
 
 @dataclass(slots=True)
@@ -105,7 +104,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision) -> None:
 
 
 def _is_quantizable(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and "language_model." in name
+    # SmolVLM and Idefics3 call it text_model.
+    inside = "language_model." in name or "text_model." in name
+    return isinstance(module, nn.Linear) and inside
 
 
 def _refuse(model: Any, missing: set[str], found: _Found, source: str) -> None:

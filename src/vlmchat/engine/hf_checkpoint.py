@@ -39,7 +39,7 @@ def open_hugging_face(directory: Path) -> Opened:
         raise CheckpointError(f"{directory} has no weights as .safetensors or .bin")
     rename = _renaming(model)
     tensors = ((rename(name), tensor) for name, tensor in read_tensors(files))
-    return Opened(model, tensors, processor, generation_config, rename=rename)
+    return Opened(model, tensors, processor, generation_config)
 
 
 def read_generation_config(directory: Path, model: Any) -> Any:

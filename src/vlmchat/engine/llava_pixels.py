@@ -71,9 +71,7 @@ class PixelMaker:
     def _tiles(self, canvas: Image.Image) -> list[Image.Image]:
         """Row by row."""
         side = self._crop
-        corners = [
-            (x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)
-        ]
+        xs, ys = range(0, canvas.width, side), range(0, canvas.height, side)
         return [canvas.crop((x, y, x + side, y + side)) for y in ys for x in xs]
 
     def _normal(self, picture: Image.Image) -> Pixels:

@@ -65,8 +65,8 @@ class SentencePieceTokenizer:
             model_proto=model if settings.legacy else model + NO_DUMMY_PREFIX
         )
         self._added = dict(settings.added)
+        self.all_special_tokens: list[str] = []
         self.add_tokens([*settings.specials.values(), *settings.others])
-        self.all_special_tokens = list({*settings.specials.values(), *settings.others})
         self.bos_token = settings.specials.get("bos_token")
         self.eos_token = settings.specials.get("eos_token")
         self._unk_length = len(self._pieces.encode(self._unk))
@@ -102,11 +102,13 @@ class SentencePieceTokenizer:
         return {"input_ids": ids}
 
     def add_tokens(self, tokens: Iterable[str]) -> None:
-        """Give new ids, from the vocabulary's length on, to tokens that it lacks."""
+        """Add special tokens; those that the vocabulary lacks get ids from its length on."""
         vocabulary = self._vocabulary()
         for token in tokens:
             if token not in self._contents():
                 self._added[vocabulary.setdefault(token, len(vocabulary))] = AddedToken(token)
+            if token not in self.all_special_tokens:
+                self.all_special_tokens.append(token)
         self._by_text = {token.text: id_ for id_, token in self._added.items()}
         by_length = sorted(filter(None, self._by_text), key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")

@@ -18,14 +18,16 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from vlmchat.config import ModelConfig
+from vlmchat.engine.adapters import base_of, read_adapter
 from vlmchat.engine.assemble import Opened, Precision, assemble
 from vlmchat.engine.checkpoint import Layout, layout_of
 from vlmchat.engine.hf_checkpoint import open_hugging_face
-from vlmchat.engine.hub import find_checkpoint
+from vlmchat.engine.hub import find_checkpoint, read_config
+from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
-from vlmchat.errors import CheckpointError, ConfigError
+from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
 from vlmchat.request import Status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +54,12 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     device = pick_device(config.device)
     chosen = template(config.conv_mode) if config.conv_mode else None
     directory = find_checkpoint(config.path, config.revision, progress)
-    raw_config = _read_config(directory)
-    layout = layout_of(directory, raw_config)
-    opened = _open(directory, raw_config, layout, config, progress)
+    layout = layout_of(directory, read_config(directory))
+    if layout is Layout.ADAPTER:
+        raw_config, opened = _open_adapter(directory, config, progress)
+    else:
+        raw_config = _read_config(directory)
+        opened = _open(directory, raw_config, layout, config, progress)
     if chosen is None and layout in ORIGINALS:
         name, rule = template_for_checkpoint(directory, raw_config, config.path)
         progress(f"prompt format {name}, by {rule}; --conv-mode chooses another")
@@ -75,10 +80,6 @@ def _open(
     progress: Callable[[str], None],
 ) -> Opened:
     """The checkpoint by its layout. Raises as `load_model` does."""
-    if layout is Layout.ADAPTER:
-        from vlmchat.engine.adapters import open_adapter
-
-        return open_adapter(directory, config.path, config.base, progress)
     check_config(raw_config, config.path)
     if layout in ORIGINALS:
         from vlmchat.engine.llava_checkpoint import open_original
@@ -89,6 +90,25 @@ def _open(
             f"--model-base {config.base}: {config.path} is a whole model, it takes no base"
         )
     return open_hugging_face(directory)
+
+
+def _open_adapter(
+    directory: Path, config: ModelConfig, progress: Callable[[str], None]
+) -> tuple[dict[str, Any], Opened]:
+    """A PEFT adapter on a base in transformers' layout: the base's config, and both as one."""
+    base = config.base or base_of(directory)
+    progress(f"{config.path} goes on top of the base {base}")
+    base_directory = find_checkpoint(base, None, progress)
+    raw_config = _read_config(base_directory)
+    check_config(raw_config, base)
+    if is_original(raw_config):
+        raise UnsupportedModel(
+            f"{config.path} is an adapter without a LLaVA config, its base {base} is in LLaVA's "
+            "own layout; give the same base in the Hugging Face layout by --model-base"
+        )
+    opened = open_hugging_face(base_directory)
+    lora = read_adapter(directory, opened.model.state_dict())
+    return raw_config, replace(opened, tensors=lora.merged(opened.tensors))
 
 
 def _finish(

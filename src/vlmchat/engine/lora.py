@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmchat.engine.hub import ADAPTERS, read_json
-from vlmchat.engine.tensors import read_tensors
+from vlmchat.engine.tensors import NamedTensor, read_tensors
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
@@ -77,6 +77,12 @@ class Lora:
                 "is --model-base the model that it was made from?"
             ) from error
         return (weight.float() + change).to(weight.dtype)
+
+    def merged(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Every tensor, with its share. Raises CheckpointError if a layer finds no weight."""
+        for name, tensor in tensors:
+            yield name, self.merge(name, tensor)
+        self.check_used()
 
     def check_used(self) -> None:
         """Raise CheckpointError if some layer of the adapter found no weight."""

@@ -52,6 +52,8 @@ def quantized(
             quant_type="nf4",
             device="meta",
         )
+        # bitsandbytes' packing for newer CPUs takes whole blocks only, and fails on others.
+        layer.support_avx512bf16_for_cpu &= not (shape[0] % 64 or shape[1] % 32)
         parameter = bnb.nn.Params4bit(
             weight.to(compute_dtype),
             requires_grad=False,
