@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from tests.fake_hub import FakeHub, serve
+from tests.original import make_original
+from tests.pictures import noise_image
+from vlmchat.config import ModelConfig
+from vlmchat.conversation import Conversation
 from vlmchat.engine import download
+from vlmchat.engine.engine import Engine
 from vlmchat.engine.hub import find_checkpoint, find_tower, needed_files, pull
 from vlmchat.errors import (
     DiskFull,
@@ -22,6 +27,7 @@ from vlmchat.errors import (
     UnsupportedModel,
     VlmchatError,
 )
+from vlmchat.request import SamplingParams
 
 CONFIG = json.dumps({"model_type": "llava"}).encode()
 ORIGINAL = json.dumps({"model_type": "llava", "mm_vision_tower": "who/tower"}).encode()
@@ -246,6 +252,14 @@ def test_pull_says_that_what_is_here_is_whole_when_offline(
         pull("who/model", None, lambda stage: None)
 
 
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"weight_map": [1]}'])
+def test_find_reads_past_an_index_that_is_broken(hub: FakeHub, text: bytes) -> None:
+    repo = hub.add("who/model", **MODEL, model__safetensors__index__json=text)
+    directory = find("who/model")
+    (directory.parent.parent / "trees" / f"{repo.commit}.json").unlink()
+    assert find("who/model") == directory
+
+
 def test_download_goes_on_where_it_was_cut_off(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -369,6 +383,21 @@ def test_download_says_that_the_disk_is_full(hub: FakeHub, tmp_path: Path) -> No
     assert error.__cause__.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("path", ["demo2", "./x/y", "a/b/c", "/no/such"])
+def test_engine_loads_an_original_checkpoint_from_the_hub_and_then_without_it(
+    hub: FakeHub, no_network: Any, tmp_path: Path
+) -> None:
+    made = make_original(tmp_path / "made", weights="shards", mm_vision_tower="who/tower").directory
+    for name, directory in (("who/model", made), ("who/tower", tmp_path / "made-tower")):
+        hub.add(name).files.update({f.name: f.read_bytes() for f in directory.iterdir()})
+    for attempt in ("over the network", "from the cache"):
+        engine = Engine.load(ModelConfig("who/model", device="cpu"))
+        asked = Conversation().ask("what is it", (noise_image(1),))
+        answer = list(engine.stream(asked, SamplingParams(temperature=0, max_new_tokens=4)))
+        engine.close()
+        assert answer[-1].usage, attempt
+        no_network()
+
+
+@pytest.mark.parametrize("path", ["demo2", "./x/y", "a/b/c", "/no/such", "~nobody/x"])
 def test_find_refuses_what_is_neither_directory_nor_hub_id(path: str) -> None:
     assert isinstance(error_of(path), ModelError)

@@ -120,13 +120,11 @@ def pull(
     """
     with _reporting(as_json):
         name = resolve_model(model, read_aliases(config))
-        if name == DEMO_MODEL or Path(name).expanduser().is_dir():
-            raise ConfigError(f"{model} is on this machine already; pull takes a hub id")
         from vlmchat.engine import hub
         from vlmchat.engine.checkpoint import num_bytes
 
-        if not hub.is_hub_id(name):
-            raise ModelNotFound(f"no model {name}: not a hub id (owner/name)")
+        if Path(name).is_dir() or not hub.is_hub_id(name):
+            raise ConfigError(f"{name} is here, or is no hub id (owner/name); nothing to download")
         directory = hub.pull(name, revision, lambda stage: print(stage, file=sys.stderr))
         if as_json:
             size = num_bytes(directory)

@@ -63,7 +63,7 @@ def resolve_model(name: str, aliases: dict[str, str]) -> str:
 
     Raises ModelNotFound for a name that can only be a mistyped alias, with the nearest ones.
     """
-    if name in aliases or "/" in name or Path(name).exists():
+    if name in aliases or "/" in name or os.path.exists(name):
         return aliases.get(name, name)
     known = [*aliases, DEMO_MODEL]
     close = get_close_matches(name, known, n=3)

@@ -26,6 +26,7 @@ from vlmchat.engine.hub import (
     missing_files,
     needed_files,
     read_config,
+    read_index,
     read_json,
     tower_here,
     tower_name,
@@ -246,7 +247,7 @@ def verify(
 
 def _missing_tensors(directory: Path, tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
     for index in directory.glob("*.index.json"):
-        named = read_json(index).get("weight_map", {})
+        named = read_index(index)
         if set(named.values()) & {t.file for t in tensors.values()}:
             for name in sorted(set(named) - set(tensors)):
                 yield f"{name} is missing, which {index.name} puts into {named[name]}"

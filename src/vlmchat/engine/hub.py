@@ -52,16 +52,15 @@ def find_checkpoint(
 ) -> Path:
     """The directory of a checkpoint, downloaded if need be.
 
-    as_base: a language model will do, it is wanted as the base of another checkpoint.
-
-    path: `demo`, a directory, or a hub id (`owner/name`). Where a checkpoint in LLaVA's own layout
+    path: `demo`, a directory, or a hub id (`owner/name`). as_base: it is wanted as the base of
+    another checkpoint, so that a language model will do. Where a checkpoint in LLaVA's own layout
     has to be downloaded, its vision tower comes first, so that nothing large is fetched in vain.
     Raises ModelNotFound, UnsupportedModel, DiskFull, or NetworkError when a download is needed and
     cannot be had; it names what is missing.
     """
     if path == DEMO_MODEL:
         return Path(str(files("vlmchat.demo") / "model"))
-    directory = Path(path).expanduser()
+    directory = _expanded(path)
     if directory.is_dir():
         if not any((directory / name).is_file() for name in CONFIGS):
             raise ModelNotFound(f"{path} has no config.json, so it is not a model directory")
@@ -99,7 +98,7 @@ def find_tower(name: str, relative_to: Path, progress: Progress, *, weights: boo
 
 def tower_here(name: str, relative_to: Path, choice: Choice | None = None) -> Path | None:
     """The tower's directory if it is whole on this machine. No network."""
-    for directory in (Path(name).expanduser(), relative_to / name):
+    for directory in (_expanded(name), relative_to / name):
         if (directory / "config.json").is_file():
             return directory
     found = cached(name, None) if is_hub_id(name) else None
@@ -168,7 +167,7 @@ def missing_files(directory: Path, choice: Choice = needed_files) -> list[str]:
     present = [file.name for file in directory.iterdir()]
     form = {Path(name).suffix for name in weight_files(present)}  # of two, only one is fetched
     for index in sorted(directory.glob("*.index.json")):
-        shards = weight_files(sorted(set(read_json(index).get("weight_map", {}).values())))
+        shards = weight_files(sorted(set(read_index(index).values())))
         if shards and form <= {Path(shards[0]).suffix}:
             if absent := [shard for shard in shards if shard not in present]:
                 return absent
@@ -218,6 +217,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_index(file: Path) -> dict[str, str]:
+    """Which file holds each tensor, by an index of shards; empty where it cannot be read."""
+    table = read_json(file).get("weight_map")
+    return {name: str(shard) for name, shard in table.items()} if isinstance(table, dict) else {}
+
+
 def is_weights(name: str) -> bool:
     """Whether a file holds tensors."""
     return name.endswith((".safetensors", ".bin"))
@@ -262,6 +267,13 @@ def remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     shutil.rmtree(cache() / ".locks" / folder.name, ignore_errors=True)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # the home of somebody who is not known here
+        return Path(path)
 
 
 def _tower_settings(names: Iterable[str]) -> list[str]:
