@@ -33,7 +33,7 @@ from vlmchat.engine.templates import TEMPLATE_NAMES, template
 TILE = 28  # pixels; two patches of 14 along each side
 GRIDS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE]]
 HIDDEN, VISION_HIDDEN = 64, 32
-ANYRES = {
+ANYRES: dict[str, Any] = {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": GRIDS,
     "mm_patch_merge_type": "spatial_unpad",

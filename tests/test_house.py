@@ -30,7 +30,22 @@ RANKS = {
     "commands": 7,
     "__main__": 8,
 }
-TORCH_ROOMS = ("runner", "vision", "sampler", "loader", "llava", "memory", "quantize", "kv_cache")
+TORCH_ROOMS = (
+    "assemble",
+    "hf_checkpoint",
+    "kv_cache",
+    "llava_checkpoint",
+    "llava_model",
+    "llava_weights",
+    "loader",
+    "lora",
+    "memory",
+    "quantize",
+    "runner",
+    "sampler",
+    "tensors",
+    "vision",
+)
 STRANGERS_TO_THE_ENGINE = ("server", "repl", "web", "session", "output", "store", "client")
 
 

@@ -135,7 +135,7 @@ def count_tokens(size: Size, pictures: Pictures) -> int:
     if pictures.merge != "spatial_unpad":
         return base + base * columns * rows
     kept = unpadded(size, columns * side, rows * side)
-    high, wide = (max(part.stop - part.start, 0) for part in kept)
+    high, wide = (len(range(part.start, part.stop)) for part in kept)
     return base + high * (wide + 1)
 
 
