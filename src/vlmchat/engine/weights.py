@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +33,11 @@ _ITEM_BYTES |= {"BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 # torch's storage classes, by the names that safetensors uses.
 _STORAGES = {"Half": "F16", "BFloat16": "BF16", "Float": "F32", "Double": "F64", "Long": "I64"}
 _STORAGES |= {"Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL"}
+# What json, zipfile and pickle raise for bytes that are not theirs.
+_SIGNS_OF_DAMAGE: tuple[type[Exception], ...] = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, ArithmeticError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error),
+)
 _MAX_HEADER_BYTES = 100_000_000  # Source: the safetensors format
 
 
@@ -66,10 +73,11 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     """The tensors of one file. Raises CheckpointError with the file's name."""
     try:
         return _safetensors(file) if file.suffix == ".safetensors" else _torch_archive(file)
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} is broken ({error}); download it again") from error
     except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
+    except _SIGNS_OF_DAMAGE as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{file} is broken ({lines[0]}); download it again") from error
 
 
 def is_linear(name: str) -> bool:
@@ -106,7 +114,13 @@ def _safetensors(file: Path) -> dict[str, TensorHeader]:
         end = stop
     if 8 + size + end != num_bytes:
         raise ValueError(f"{num_bytes} bytes, not the {8 + size + end} that its header tells of")
-    return {n: TensorHeader(file.name, e["dtype"], tuple(e["shape"])) for n, e in table.items()}
+    return {name: _header(file, e["dtype"], e["shape"]) for name, e in table.items()}
+
+
+def _header(file: Path, dtype: str, shape: Any) -> TensorHeader:
+    if not all(isinstance(length, int) and length >= 0 for length in shape):
+        raise ValueError(f"a tensor of shape {shape}")
+    return TensorHeader(file.name, dtype, tuple(shape))
 
 
 def _item_bytes(dtype: str) -> int:
@@ -118,14 +132,14 @@ def _item_bytes(dtype: str) -> int:
 def _torch_archive(file: Path) -> dict[str, TensorHeader]:
     with zipfile.ZipFile(file) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-        table = next(name for name in sizes if name.endswith("data.pkl"))
+        table = next((name for name in sizes if name.endswith("/data.pkl")), "")
         folder = table.removesuffix("data.pkl")
         stored = _Table(archive.read(table)).load()
     tensors = {}
     for name, (key, dtype, num_items, shape) in _named(stored):
         if sizes.get(f"{folder}data/{key}") != num_items * _item_bytes(dtype):
             raise ValueError(f"{name} is not whole")
-        tensors[name] = TensorHeader(file.name, dtype, shape)
+        tensors[name] = _header(file, dtype, shape)
     return tensors
 
 
