@@ -27,6 +27,7 @@ from vlmchat.errors import DiskFull, ModelNotFound, NetworkError
 
 # Smaller files are soon fetched again. Tests lower it.
 RESUMED_BYTES = 8 * 2**20
+HUB_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,10 @@ class Listing:
 def ask(repo: str, revision: str | None) -> Listing:
     """What the hub has. Raises ModelNotFound or NetworkError."""
     with _told(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        # First of all: of the client's calls one that does not retry for 20 s without a network.
+        info = HfApi().model_info(
+            repo, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S
+        )
         listed = {
             file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
             for file in info.siblings or ()
