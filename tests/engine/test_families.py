@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from tests.engine import test_exactness
 from tests.engine.reference import Reference
 from tests.families import CONTEXT_LENGTH, MAKERS, make_family
 from tests.pictures import noise_image
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 WIDE, TALL, SMALL = noise_image(1, 90, 30), noise_image(2, 33, 70), noise_image(3, 20, 20)
+SIZES = [(90, 30), (33, 70), (20, 20), (60, 60)]
 OTHER = noise_image(4, 90, 30)
 
 ONE = Conversation().ask("what is it", (WIDE,))
@@ -135,3 +138,13 @@ def test_family_loads_from_disk_in_full_or_quantised(
     expected = family.reference.answer_ids(TWO, GREEDY.max_new_tokens)
     # A random model's answer is another one once its weights are rounded.
     assert (stream.sequence.tokens == expected) == (quantization is None)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "paligemma"])
+def test_family_answers_random_conversations_as_plain_generate(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_exactness, "noise_image", lambda seed: noise_image(seed, *SIZES[seed]))
+    directory = make_family(name, tmp_path / "model")
+    how = settings(max_examples=3, stateful_step_count=12)
+    test_exactness.run(directory, context_length=300, how=how)
