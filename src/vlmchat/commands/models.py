@@ -184,7 +184,8 @@ def verify(
             told = ", ".join(f"{count} {what}" for what, count in counts.items())
             print(*problems, f"checked {told}", sep="\n")
         if problems:
-            raise CheckpointError(f"{name} has {len(problems)} problems: {problems[0]}")
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise CheckpointError(f"{name} is not whole: {problems[0]}{more}")
 
 
 @contextmanager
