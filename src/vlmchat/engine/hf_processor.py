@@ -7,6 +7,7 @@ always processes pictures by Pillow, so that a prompt is the same on every machi
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,10 +36,27 @@ def read_processor(directory: Path, config: Any) -> Any:
         "image_processor": AutoImageProcessor.from_pretrained(directory, backend="pil", **options),
     }
     arguments = [parts.get(name) for name in kind.get_attributes()]
+    settings = _placeholder_settings(kind, config) | _given(settings)
     try:
         return pictures_only(kind).from_args_and_dict(arguments, settings)
     except ImportError as error:
         raise UnsupportedModel(f"the processor in {directory} cannot be used: {error}") from error
+
+
+def _placeholder_settings(kind: Any, config: Any) -> dict[str, Any]:
+    """What LLaVA's older checkpoints leave to the model's config: how many tokens a picture has."""
+    if "num_additional_image_tokens" not in inspect.signature(kind.__init__).parameters:
+        return {}
+    vision = config.vision_config
+    return {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),  # its CLS
+    }
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def pictures_only(kind: Any) -> Any:
