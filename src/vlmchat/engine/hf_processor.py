@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import transformers
-from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoTokenizer
+from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
 from vlmchat.errors import UnsupportedModel
 
@@ -29,7 +29,9 @@ def read_processor(directory: Path, config: Any) -> Any:
     and UnsupportedModel where transformers wants a package that is not there.
     """
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    kind = getattr(transformers, _class_name(directory), None) or PROCESSOR_MAPPING[type(config)]
+    kind: Any = getattr(transformers, _class_name(directory), None)
+    if not (isinstance(kind, type) and issubclass(kind, ProcessorMixin)):
+        kind = PROCESSOR_MAPPING[type(config)]
     settings, _ = kind.get_processor_dict(directory, local_files_only=True)
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(directory, **options),

@@ -15,12 +15,13 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from vlmchat.conversation import Conversation, Image, Message
 from vlmchat.engine.sequence import ImageSpan, Prompt, image_match_id
 from vlmchat.engine.spec import ModelSpec
 from vlmchat.engine.templates import IMAGE_MARKER, ConversationTemplate
-from vlmchat.errors import UnsupportedModel
+from vlmchat.errors import InvalidRequest, UnsupportedModel
 from vlmchat.request import PromptSize
 
 # Processed pictures kept for the next turn's prompt; a LLaVA-1.5 picture is 1.4 MB in float32.
@@ -92,16 +93,28 @@ class Processor:
         return self._hf.tokenizer
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt as text, one image token per picture; asks for an answer if one is pending."""
+        """The prompt as text, one image token per picture; asks for an answer if one is pending.
+
+        Raises InvalidRequest where the chat template refuses the conversation, and
+        UnsupportedModel where it does not place its pictures.
+        """
         messages = [self._template_message(message) for message in conversation.messages()]
         if not messages:
             return ""
-        text: str = self._hf.apply_chat_template(
-            messages,
-            chat_template=self._jinja,
-            add_generation_prompt=conversation.pending is not None,
-            tokenize=False,
-        )
+        try:
+            text: str = self._hf.apply_chat_template(
+                messages,
+                chat_template=self._jinja,
+                add_generation_prompt=conversation.pending is not None,
+                tokenize=False,
+            )
+        except TemplateError as error:  # by its own raise_exception(…), or by a mistake in it
+            raise InvalidRequest(f"the chat template refuses this conversation: {error}") from error
+        if (placed := text.count(self._marker)) != len(conversation.images):
+            raise UnsupportedModel(
+                f"the chat template places {placed} pictures of {len(conversation.images)}; "
+                "choose another by --conv-mode"
+            )
         return text
 
     def count(self, conversation: Conversation) -> PromptSize:
@@ -128,10 +141,9 @@ class Processor:
         if not text:
             return [], []
         placeholders = [self._placeholder(view) for view in self._views(conversation)]
-        parts, fillings = text.split(self._marker), [p.text for p in placeholders]
-        expanded = "".join(
-            part + filling for part, filling in zip(parts, [*fillings, ""], strict=True)
-        )
+        first, *parts = text.split(self._marker)
+        fillings = [placeholder.text for placeholder in placeholders]
+        expanded = first + "".join(f + part for f, part in zip(fillings, parts, strict=True))
         bos = self.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
         ids: list[int] = self.tokenizer(expanded, add_special_tokens=add_special)["input_ids"]
