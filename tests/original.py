@@ -102,8 +102,9 @@ def write_tower(directory: Path, seed: int = 5) -> Tensors:
     directory.mkdir(parents=True)
     small = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": VISION_HIDDEN}
     vision = small | {"image_size": TILE, "patch_size": 14, "intermediate_size": 48}
+    words = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1}
     config = CLIPConfig(
-        text_config=small | {"vocab_size": 20, "intermediate_size": 48},
+        text_config=small | words | {"intermediate_size": 48},
         vision_config=vision,
         projection_dim=16,
     )
@@ -241,7 +242,7 @@ def write_weights(directory: Path, tensors: Tensors, form: str = "safetensors") 
         for file, part in halves.items():
             torch.save({name: tensors[name] for name in part}, directory / file)
         index = {name: file for file, part in halves.items() for name in part}
-        write_json(directory / "pytorch_model.bin.index.json", weight_map=index)
+        write_json(directory / "pytorch_model.bin.index.json", metadata={}, weight_map=index)
 
 
 def make_base(directory: Path, *, rows: int | None = None, seed: int = 2) -> Tensors:

@@ -55,8 +55,15 @@ def make_lora(directory: Path, base: Tensors, *, form: str = "bin", **changes: A
         torch.save(adapter, directory / "adapter_model.bin")
     else:
         save_file(adapter, directory / "adapter_model.safetensors", {"format": "pt"})
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
-    write_json(directory / "adapter_config.json", **settings)
+    write_json(
+        directory / "adapter_config.json",
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        r=4,
+        lora_alpha=8,
+        bias="none",
+    )
     own = {name: t for name, t in made.tensors.items() if "mm_" in name or "newline" in name}
     torch.save(
         {f"base_model.model.{name}": tensor for name, tensor in own.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,45 @@ def test_new_tokens_get_the_next_ids_once(tmp_path: Path) -> None:
     assert ids_of(tokenizer, "<im_end>")[-1] == num_pieces() + 2
 
 
+def streamed(tokenizer: Any, ids: list[int]) -> str:
+    detokenizer = Detokenizer(PromptTokenizer(tokenizer, IMAGE))
+    return "".join(detokenizer.add(token)[0] for token in ids) + detokenizer.flush()
+
+
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("text", ["it is red.", "  two blanks", "é☂ and\nmore", "▁"])
+@pytest.mark.parametrize("text", ["it is red.", "  two blanks", "é☂ and\nmore", "▁", "é☂" * 99])
 def test_text_comes_back_piece_by_piece(tmp_path: Path, text: str, legacy: bool) -> None:
     tokenizer = read(tmp_path, legacy=legacy)
-    detokenizer = Detokenizer(tokenizer)
     ids = ids_of(tokenizer, text)[1:]
-    answer = "".join(detokenizer.add(token)[0] for token in [*ids, EOS]) + detokenizer.flush()
-    assert answer == text.replace("▁", " ").lstrip()
+    assert streamed(tokenizer, [*ids, EOS]) == text.replace("▁", " ").lstrip()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_tokens_come_back_as_from_a_whole_decoding(
+    tmp_path: Path, seed: int, fast: bool
+) -> None:
+    """Bytes that are no character, blanks at the beginning, special tokens in between."""
+    write_tokenizer(tmp_path)
+    tokenizer = read_tokenizer(tmp_path, fast=fast)
+    ids = random.Random(seed).choices(range(num_pieces()), k=300)
+    whole = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+    assert streamed(tokenizer, ids) == whole.lstrip()
+
+
+def test_bytes_that_are_no_character_are_lost_as_the_original_loses_them(tmp_path: Path) -> None:
+    """SentencePiece keeps what is a character beside them, the Rust tokenizer of Mistral nothing."""
+    write_tokenizer(tmp_path)
+    for fast, expected in ((False, "\ufffdA"), (True, "\ufffd\ufffd")):
+        tokenizer = read_tokenizer(tmp_path, fast=fast)
+        ids = [tokenizer.backend_tokenizer.token_to_id(name) for name in ("<0xC3>", "<0x41>")]
+        assert streamed(tokenizer, ids) == expected
+
+
+def test_mistrals_tokenizer_has_the_older_way_whatever_its_settings_say(tmp_path: Path) -> None:
+    older = ids_of(read(tmp_path, legacy=True), "red</s>USER")
+    write_tokenizer(tmp_path, legacy=False)
+    assert ids_of(read_tokenizer(tmp_path, fast=True), "red</s>USER") == older
 
 
 def test_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ be the beginning of a stop string. Used by `Sequence` only. No torch.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+# A piece that stands for one byte: what it decodes to depends on the bytes beside it.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+# Tokens decoded anew for each new one: at most this many, and half of them after a cut.
+WINDOW = 128
 
 
 class Detokenizer:
@@ -17,17 +21,17 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         """tokenizer: a fast transformers tokenizer.  stop: strings that end the answer."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._ids: list[int] = []
-        self._decoded = ""  # everything the decode stream has given
+        self._start = self._read = 0  # ids[start:read] is decoded and given out, behind it nothing
+        self._decoded = ""  # everything that was given out
         self._held = ""  # given, not yet emitted
         self._emitted_any = False
 
     def add(self, token: int) -> tuple[str, bool]:
         """Text that is now certain, and whether a stop string was met (which is not part of it)."""
         self._ids.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        piece = self._new_text()
         self._decoded += piece
         self._held += piece
         end = self._find_stop()
@@ -43,11 +47,38 @@ class Detokenizer:
 
     def flush(self) -> str:
         """All that was held back: an unfinished character becomes U+FFFD, as in a whole decode."""
-        whole = self._tokenizer.backend_tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = self._decode(self._ids)
         if whole.startswith(self._decoded):
             self._held += whole[len(self._decoded) :]
         text, self._held = self._held, ""
         return self._emit(text)
+
+    def _new_text(self) -> str:
+        """Text of the tokens behind `read`, once no later token can change it."""
+        last = self._ids[-1:]
+        if BYTE.fullmatch(self._piece(len(self._ids) - 1)) or not self._decode(last):
+            return ""
+        before, now = (self._decode(self._ids[self._start : end]) for end in (self._read, None))
+        if now.endswith("\ufffd"):
+            return ""
+        self._read = len(self._ids)
+        if self._read - self._start > WINDOW:
+            self._cut()
+        return now[len(before) :]
+
+    def _cut(self) -> None:
+        """Begin the window at a piece that decodes alike at a text's beginning and inside."""
+        for start in range(self._read - WINDOW // 2, self._read):
+            piece = self._piece(start)
+            if piece and piece[0].isalnum():
+                self._start = start
+                return
+
+    def _piece(self, place: int) -> str:
+        return str(self._tokenizer.backend_tokenizer.id_to_token(self._ids[place]) or "")
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True))
 
     def _emit(self, text: str) -> str:
         # Templates put a blank before the answer; it belongs to them.

@@ -17,7 +17,7 @@ from vlmchat.engine.assemble import Opened
 from vlmchat.engine.checkpoint import Layout
 from vlmchat.engine.hf_checkpoint import read_generation_config
 from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_checkpoint, find_tower, read_json
-from vlmchat.engine.llava import check_original
+from vlmchat.engine.llava import check_original, language_model
 from vlmchat.engine.llava_config import read_pictures, read_tokens, read_vision, translate
 from vlmchat.engine.llava_model import OriginalLlava
 from vlmchat.engine.llava_pixels import PixelMaker
@@ -69,7 +69,9 @@ def open_original(
     vision = read_vision(tower)
     pictures = read_pictures(config, vision, name)
     tokens = read_tokens(config)
-    tokenizer = read_tokenizer(source.directory)
+    # The original takes the Rust tokenizer for whole Mistral checkpoints, and for these only.
+    fast = layout is Layout.ORIGINAL and language_model(config) == "mistral"
+    tokenizer = read_tokenizer(source.directory, fast=fast)
     tokenizer.add_tokens(tokens.added)
     rows = len(tokenizer)
     with torch.device("meta"):

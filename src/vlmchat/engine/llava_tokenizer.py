@@ -16,7 +16,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers.decoders import Decoder
+from tokenizers import decoders
 from tokenizers.models import WordLevel
 
 from vlmchat.engine.hub import read_json
@@ -40,12 +40,13 @@ class AddedToken:
 
 @dataclass(slots=True)
 class TokenizerSettings:
-    """What a checkpoint's JSON files say. legacy: see `SentencePieceTokenizer`."""
+    """What a checkpoint's JSON files say. legacy, fast: see `SentencePieceTokenizer`."""
 
     specials: dict[str, str] = field(default_factory=dict)  # by SPECIALS
     others: list[str] = field(default_factory=list)  # special too, without a role
     added: dict[int, AddedToken] = field(default_factory=dict)
     legacy: bool = True
+    fast: bool = False
     add_bos: bool = True
     add_eos: bool = False
 
@@ -54,7 +55,8 @@ class SentencePieceTokenizer:
     """What is used of a transformers tokenizer, with the ids of the slow LlamaTokenizer.
 
     Every stretch between added tokens is encoded by itself. legacy: each gets SentencePiece's
-    dummy prefix; otherwise only the text's beginning does.
+    dummy prefix; otherwise only the text's beginning does. fast: text comes back as from the Rust
+    tokenizers, which LLaVA uses for Mistral: bytes that are no UTF-8 are lost one and all.
     Source: behaviour of LlamaTokenizer in transformers 4.37, which LLaVA pins.
     """
 
@@ -84,10 +86,14 @@ class SentencePieceTokenizer:
     @property
     def backend_tokenizer(self) -> tokenizers.Tokenizer:
         """For decoding only: the same ids, and SentencePiece's own way back to text."""
-        decoder = _PieceDecoder(self._pieces, set(self._contents()) - set(self.all_special_tokens))
+        added = set(self._contents()) - set(self.all_special_tokens)
         tokenizer = tokenizers.Tokenizer(WordLevel(self._vocabulary(), unk_token=self._unk))
         tokenizer.add_special_tokens(self.all_special_tokens)
-        tokenizer.decoder = Decoder.custom(decoder)
+        if self._settings.fast:
+            steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+            tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        else:
+            tokenizer.decoder = decoders.Decoder.custom(_PieceDecoder(self._pieces, added))
         return tokenizer
 
     def __len__(self) -> int:
@@ -189,15 +195,19 @@ class _PieceDecoder:
         return str(self._pieces.decode([run[0].removeprefix(BLANK), *run[1:]]))
 
 
-def read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path, *, fast: bool = False) -> Any:
     """The tokenizer in `directory`: over its tokenizer.model, else transformers' own.
 
+    fast: the original would take the Rust tokenizer: its tokenizer.json first, and where there is
+    none what it makes of tokenizer.model, which is the older way whatever `legacy` says.
     Raises CheckpointError where there is none.
     """
     file = directory / "tokenizer.model"
-    if file.is_file():
+    if file.is_file() and not (fast and (directory / "tokenizer.json").is_file()):
+        settings = read_settings(directory)
+        settings.fast, settings.legacy = fast, fast or settings.legacy
         try:
-            return SentencePieceTokenizer(file.read_bytes(), read_settings(directory))
+            return SentencePieceTokenizer(file.read_bytes(), settings)
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{file} is broken ({error}); download it again") from error
     if not (directory / "tokenizer.json").is_file():
