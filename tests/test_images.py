@@ -474,6 +474,17 @@ def test_split_image_sources_finds_absolute_paths_and_file_urls(folder: Path) ->
         assert text == "describe now"
 
 
+def test_split_image_sources_takes_a_long_data_url_whole() -> None:
+    url = "data:image/png;base64," + "A" * 20_000
+    assert split_image_sources(f"look {url} there") == ([url], "look there")
+
+
+def test_split_image_sources_reads_a_very_long_paste(folder: Path) -> None:
+    """It took minutes: every word was tried up to every later suffix."""
+    line = "word 'x \"y a.png " * 2000
+    assert split_image_sources(line) == ([], line)
+
+
 @pytest.mark.parametrize(
     "line",
     [

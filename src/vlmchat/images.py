@@ -180,16 +180,18 @@ def split_image_sources(line: str) -> tuple[list[str], str]:
 
 def _source_at(line: str, start: int, end: int) -> tuple[str | None, int]:
     """The picture named at `start` and where its name ends; or None and the end of the word."""
-    if quoted := _WORD.match(line, start):
+    if _names_a_picture(line[start:end]):
+        return line[start:end], end
+    limit = start + _MAX_PATH_CHARACTERS
+    if quoted := _WORD.match(line, start, limit):
         name = "".join(shlex.split(quoted[0]))
         if _names_a_picture(name):
             return name, quoted.end()
-    line_end = line.find("\n", start, start + _MAX_PATH_CHARACTERS)
-    rest = line[: line_end if line_end >= 0 else start + _MAX_PATH_CHARACTERS]
-    # Also up to each later word with a picture's suffix: a path whose spaces nobody escaped.
-    for candidate in (end, *(found.end() for found in _PICTURE_END.finditer(rest, start))):
-        if _names_a_picture(line[start:candidate]):
-            return line[start:candidate], candidate
+    # Nobody may have escaped the path's spaces: try up to the next word with a picture's suffix.
+    line_end = line.find("\n", end, limit)
+    further = _PICTURE_END.search(line, end, line_end if line_end >= 0 else limit)
+    if further and _names_a_picture(line[start : further.end()]):
+        return line[start : further.end()], further.end()
     return None, end
 
 
