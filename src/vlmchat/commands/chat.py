@@ -102,6 +102,7 @@ def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
         logging.basicConfig(format="%(name)s: %(message)s")
     else:
         warnings.simplefilter("ignore")  # libraries' words to developers
+        logging.disable(logging.WARNING)
     from rich.markup import escape
 
     with err.status("starting") as status:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from huggingface_hub import errors, hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
 
 from vlmchat.config import DEMO_MODEL
 from vlmchat.engine.spec import check_config
@@ -21,6 +21,7 @@ from vlmchat.errors import ModelNotFound, NetworkError
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SAFETENSORS = "*.safetensors"
 PICKLED = "*.bin"
+HUB_TIMEOUT_S = 10
 
 
 def find_checkpoint(path: str, revision: str | None, progress: Callable[[str], None]) -> Path:
@@ -68,9 +69,11 @@ def _is_complete(directory: Path) -> bool:
 
 def _download(repo: str, revision: str | None, progress: Callable[[str], None]) -> Path:
     try:
+        # First of all: of these calls the only one that does not retry for 20 s without a network.
+        info = model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         config = hf_hub_download(repo, "config.json", revision=revision)
         check_config(json.loads(Path(config).read_text()), repo)
-        names = list_repo_files(repo, revision=revision)
+        names = [file.rfilename for file in info.siblings or ()]
         weights = SAFETENSORS if any(n.endswith(".safetensors") for n in names) else PICKLED
         patterns = [*SMALL_FILES, weights]
         plan = snapshot_download(repo, revision=revision, allow_patterns=patterns, dry_run=True)
