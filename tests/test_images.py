@@ -198,7 +198,7 @@ def test_load_checks_the_size_of_a_file_before_reading_it(tmp_path: Path) -> Non
         pytest.param(b"\0\1\2\3" * 9, "not a picture of a known format", id="binary"),
         pytest.param(encoded(noise(), "ICO"), "not a picture of a known format", id="ico"),
         pytest.param(b"\x89PNG\r\n\x1a\n", "header makes no sense or is cut off", id="png-header"),
-        pytest.param(png_header(30_000, 30_000), "has 900 MP, at most 179 MP", id="bomb"),
+        pytest.param(png_header(30_000, 30_000), "has 900 MP, 179 MP is the most", id="bomb"),
     ],
 )
 def test_load_bytes_tells_what_the_bytes_are_instead(data: bytes, words: str) -> None:

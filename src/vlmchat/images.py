@@ -35,14 +35,14 @@ from vlmchat.conversation import Image
 from vlmchat.errors import FetchRefused, ImageNotFound, ImageRejected
 from vlmchat.fetch import fetch, shown, shown_bytes
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # and HEIF, by its plug-in
 _PICTURE_END = re.compile(
     r"\.(jpe?g|jpe|jfif|a?png|webp|gif|tiff?|bmp|dib|avif|hei[cf])(?=\s|$)", re.IGNORECASE
 )
 _NOT_SPACE = re.compile(r"\S+")
 _MAX_PATH_CHARACTERS = 4096
 _READS = "JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC"
-_DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<options>[^,]*),(?P<payload>.*)", re.I | re.DOTALL)
+_DATA_URL = re.compile(r"data:[^,;]*(?P<options>[^,]*),(?P<payload>.*)", re.I | re.DOTALL)
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WITH_ALPHA = ("RGBA", "RGBa", "LA", "PA")
@@ -253,28 +253,26 @@ def _decode(data: bytes, name: str, max_pixels: int) -> PILImage.Image:
 
 
 def _open(data: bytes, name: str) -> PILImage.Image:
-    formats = [known for known in FORMATS if known != "HEIF"]
+    formats = list(_FORMATS)
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        formats += _heif_formats(name)
+        _register_heif(name)
+        formats.append("HEIF")
     try:
         return PILImage.open(BytesIO(data), formats=formats)
     except PILImage.DecompressionBombError as error:  # Pillow's own limit, which no option lifts
         pixels, limit = (_megapixels(int(number)) for number in re.findall(r"\d+", str(error))[:2])
-        raise ImageRejected(
-            f"{name} has {pixels}, at most {limit} are decoded; resize it"
-        ) from None
+        raise ImageRejected(f"{name} has {pixels}, {limit} is the most; resize it") from None
     except UnidentifiedImageError:
         raise ImageRejected(f"{name} {_what_else(data)}") from None
     except Exception as error:  # see _decode
         raise _broken(data, name, error) from None
 
 
-def _heif_formats(name: str) -> list[str]:
+def _register_heif(name: str) -> None:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
         raise ImageRejected(f"{name} is a HEIC picture; to read it, install pillow-heif") from None
-    return ["HEIF"]
 
 
 def _what_else(data: bytes) -> str:
