@@ -1,0 +1,493 @@
+"""The commands of the chat that begin with a slash, as one table.
+
+Called by `repl`, which reads lines and runs answers. A command acts on a `Chat` and tells through
+`Next` what the loop has to do. Knows nothing of keys and of how lines are edited.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlmchat.clipboard import copy_text
+from vlmchat.config import sampling_params
+from vlmchat.conversation import Image, Turn
+from vlmchat.errors import ConfigError, InvalidRequest, SessionError, VlmchatError
+from vlmchat.images import ImageLoader
+from vlmchat.markdown_stream import printable
+from vlmchat.output import TextPrinter
+from vlmchat.session import ChatSession, Reply
+from vlmchat.session_file import SavedSession, resume
+from vlmchat.store import Autosave, read_file, write_file
+from vlmchat.terminal_image import show
+
+_GAUGE_CELLS = 24
+_TURNS_SHOWN_ON_RESUME = 2
+_NONE = ("none", "off")
+ERROR = "red"
+
+
+@dataclass(slots=True)
+class Totals:
+    """What this run has cost so far."""
+
+    turns: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, reply: Reply) -> None:
+        """Count an answer that has ended."""
+        self.turns += 1
+        if reply.usage is not None:
+            self.prompt_tokens += reply.usage.prompt_tokens
+            self.image_tokens += reply.usage.image_tokens
+            self.cached_tokens += reply.usage.cached_tokens
+            self.completion_tokens += reply.usage.completion_tokens
+        if reply.timings is not None:
+            self.seconds += reply.timings.total_s
+
+
+@dataclass(slots=True)
+class Chat:
+    """What commands act on: the one conversation of the REPL and what surrounds it.
+
+    console: where everything but the answers is said.  env: the terminal's variables.
+    """
+
+    session: ChatSession
+    loader: ImageLoader
+    printer: TextPrinter
+    console: Console
+    env: Mapping[str, str]
+    autosave: Autosave | None = None
+    totals: Totals = field(default_factory=Totals)
+
+    def say(self, text: str, style: str = "dim") -> None:
+        """One remark, never read as markup."""
+        self.console.print(Text(printable(text), style))
+
+    def attach(self, image: Image) -> None:
+        """Show the picture and let it go with the next question."""
+        self.session.attach(image)
+        show(image, self.console, self.env)
+        self.say(f"picture {len(_all_images(self))}: {_described(image)}")
+
+    def show_tail(self) -> None:
+        """The last turns and what waits, for somebody who comes back."""
+        turns = self.session.conversation.turns
+        earlier = len(self.session.forgotten) + len(turns) - _TURNS_SHOWN_ON_RESUME
+        if earlier > 0:
+            self.say(f"… {_count(earlier, 'earlier turn')}; /history lists them")
+        for turn in turns[-_TURNS_SHOWN_ON_RESUME:]:
+            self.say(f"> {turn.user.text}", "bold")
+            self.printer.text(turn.answer)
+        for image in self.session.queued:
+            show(image, self.console, self.env)
+            self.say(f"{_described(image)} waits for the next question")
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What the loop does after a command: run an answer, prefill the prompt, or end."""
+
+    begin: Callable[[], Reply] | None = None
+    prefill: str = ""
+    editing: bool = False
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One entry of the table. run gets the rest of the line, stripped."""
+
+    name: str
+    usage: str
+    help: str
+    run: Callable[[Chat, str], Next | None]
+    takes_path: bool = False
+
+
+def find(line: str) -> tuple[Command, str] | None:
+    """The command that a line begins with, and its argument; None if it begins with none."""
+    name, _, argument = line.strip().partition(" ")
+    for command in COMMANDS:
+        if name.lower() in (f"/{command.name}", *_ALIASES.get(command.name, ())):
+            return command, argument.strip()
+    return None
+
+
+def takes_path(name: str) -> bool:
+    """Whether a path may follow this command."""
+    return any(command.takes_path for command in COMMANDS if name == f"/{command.name}")
+
+
+def words_after(chat: Chat, name: str) -> Iterable[str]:
+    """The words that may follow this command."""
+    if name == "/load" and chat.autosave is not None:
+        return [entry.name for entry in chat.autosave.store.list()]
+    if name == "/set":
+        return [key.replace("_", "-") for key in asdict(chat.session.params)]
+    return {"/images": ["remove"], "/sessions": ["delete"], "/system": ["none"]}.get(name, [])
+
+
+def unknown(line: str) -> InvalidRequest:
+    """The error for a line that begins with a slash and is no command."""
+    name = line.split()[0]
+    close = difflib.get_close_matches(name.lower(), [f"/{command.name}" for command in COMMANDS], 1)
+    meant = f"did you mean {close[0]}?" if close else "/help lists the commands."
+    return InvalidRequest(f"{name} is not a command; {meant} To ask it as it is, begin with //")
+
+
+def _image(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise InvalidRequest("give a file or a URL: /image PATH|URL…")
+    for source in _sources(argument):
+        try:
+            chat.attach(chat.loader.load(source))
+        except VlmchatError as error:  # one bad picture does not keep the others out
+            chat.say(error.message, ERROR)
+
+
+def _images(chat: Chat, argument: str) -> None:
+    pictures = _all_images(chat)
+    word, _, number = argument.partition(" ")
+    if word in ("remove", "rm"):
+        if not number.strip().isdecimal() or not 1 <= int(number) <= len(pictures):
+            there = f"there are {len(pictures)}" if pictures else "there is none"
+            raise InvalidRequest(f"give the number of a picture to remove; {there}")
+        removed = chat.session.remove_image(int(number) - 1)
+        chat.say(f"removed {_described(removed)}")
+    elif word:
+        raise InvalidRequest("use /images, or /images remove N")
+    elif not pictures:
+        chat.say("no picture yet; /image PATH|URL brings one")
+    else:
+        _print_rows(chat, _image_rows(chat))
+
+
+def _paste(chat: Chat, argument: str) -> None:
+    chat.attach(chat.loader.load_clipboard())
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if not argument:
+        chat.say(chat.session.conversation.system or "no system prompt; /system TEXT sets one")
+    elif argument in _NONE:
+        chat.session.set_system("")
+        chat.say("no system prompt from now on")
+    else:
+        chat.session.set_system(argument)
+        chat.say("the system prompt is set, for the whole conversation")
+
+
+def _set(chat: Chat, argument: str) -> None:
+    values = asdict(chat.session.params)
+    name, _, text = argument.partition(" ")
+    if name:
+        key = name.lstrip("-").replace("-", "_").lower()
+        if key not in values:
+            raise InvalidRequest(f"there is no setting {name}; /set lists them")
+        if not text.strip():
+            raise InvalidRequest(f"give a value: /set {name} VALUE")
+        changed = {**values, key: _setting(key, text.strip())}
+        chat.session.set_params(sampling_params(**changed))
+        values = {key: changed[key]}
+    rows = ((name.replace("_", "-"), _shown_setting(value)) for name, value in values.items())
+    _print_rows(chat, rows)
+
+
+def _regen(chat: Chat, argument: str) -> Next:
+    _last_turn(chat)
+    return Next(begin=chat.session.regenerate)
+
+
+def _edit(chat: Chat, argument: str) -> Next:
+    last = _last_turn(chat)
+    if argument:
+        return Next(begin=lambda: chat.session.edit(argument))
+    return Next(prefill=last.user.text, editing=True)
+
+
+def _undo(chat: Chat, argument: str) -> None:
+    turn = chat.session.undo()
+    chat.say(f"took back: {_first_words(turn.user.text)}")
+    for picture in turn.user.images:
+        chat.say(f"and its picture {_described(picture)}")
+
+
+def _clear(chat: Chat, argument: str) -> None:
+    turns, pictures = len(chat.session.conversation.turns), len(_all_images(chat))
+    if chat.autosave is not None:
+        chat.autosave.begin_anew()
+    chat.session.clear()
+    stays = "; the system prompt stays" if chat.session.conversation.system else ""
+    chat.say(f"forgot {_count(turns, 'turn')} and {_count(pictures, 'picture')}{stays}")
+
+
+def _history(chat: Chat, argument: str) -> None:
+    session = chat.session
+    forgotten = len(session.forgotten)
+    turns = (*session.forgotten, *session.conversation.turns)
+    _print_rows(
+        chat,
+        (_turn_row(number, turn, number <= forgotten) for number, turn in enumerate(turns, 1)),
+    )
+    if forgotten:
+        chat.say(f"{_count(forgotten, 'turn')} in grey: no longer remembered by the model")
+    chat.console.print(_gauge(chat))
+
+
+def _save(chat: Chat, argument: str) -> None:
+    if _is_file(argument):
+        path = Path(argument).expanduser()
+        if path.exists():
+            raise SessionError(f"{path} exists; delete it, or choose another name")
+        write_file(_saving(chat).saved(chat.session), path)
+        chat.say(f"written to {path}, pictures included; /load {argument} reads it")
+        return
+    autosave = _saving(chat)
+    if argument and argument != autosave.name:
+        if autosave.store.exists(argument):
+            raise SessionError(f"there is a session {argument} already; choose another name")
+        autosave.rename(argument)
+    autosave(chat.session)
+    if autosave.name is None:
+        raise InvalidRequest("there is nothing to save yet")
+    chat.say(f"saved as {autosave.name}; --session {autosave.name} goes on with it")
+
+
+def _load(chat: Chat, argument: str) -> Next:
+    if not argument:
+        raise InvalidRequest("give a file or a session: /load FILE|NAME; /sessions lists them")
+    autosave = _saving(chat)
+    is_file = _is_file(argument)
+    if is_file:
+        saved = read_file(Path(argument).expanduser(), chat.loader)
+    else:
+        saved = autosave.store.load(argument)
+    session = resume(saved, chat.session.backend)
+    autosave.rename(None if is_file else argument, None if is_file else saved.created)
+    session.on_change = autosave
+    chat.session = session
+    say_lost(chat, saved)
+    chat.show_tail()
+    return Next(prefill=saved.unanswered.text if saved.unanswered else "")
+
+
+def say_lost(chat: Chat, saved: SavedSession) -> None:
+    """Name the pictures that a saved session no longer has."""
+    for source in saved.lost:
+        chat.say(f"the picture {source} is lost: its saved file is gone or damaged", "yellow")
+
+
+def _sessions(chat: Chat, argument: str) -> None:
+    autosave = _saving(chat)
+    word, _, name = argument.partition(" ")
+    if word == "delete":
+        if name.strip() == autosave.name:
+            raise InvalidRequest("this chat is that session; end it first, or /load another one")
+        autosave.store.delete(name.strip())
+        chat.say(f"deleted {name.strip()}")
+        return
+    entries = autosave.store.list()
+    if not entries:
+        chat.say("no session yet")
+    _print_rows(
+        chat,
+        (
+            (
+                "→" if entry.name == autosave.name else "",
+                entry.name,
+                "" if entry.turns is None else _count(entry.turns, "turn"),
+                entry.first_words,
+            )
+            for entry in entries
+        ),
+    )
+
+
+def _stats(chat: Chat, argument: str) -> None:
+    totals = chat.totals
+    share = totals.cached_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
+    status = chat.session.backend.status()
+    rows = [
+        ("model", status.model),
+        *status.details,
+        ("answers", f"{totals.turns}, {totals.seconds:.1f} s"),
+        ("prompt tokens", f"{totals.prompt_tokens}, {totals.image_tokens} of them pictures"),
+        ("from the cache", f"{totals.cached_tokens} ({share:.0%} of the prompts)"),
+        ("tokens answered", str(totals.completion_tokens)),
+    ]
+    _print_rows(chat, rows)
+
+
+def _copy(chat: Chat, argument: str) -> None:
+    answer = _last_turn(chat).answer
+    way = copy_text(answer, sys.stdout)
+    chat.say(f"copied {_count(len(answer), 'character')} ({way})")
+
+
+def _help(chat: Chat, argument: str) -> None:
+    _print_rows(chat, ((command.usage, command.help) for command in COMMANDS))
+    chat.say(
+        "Alt-Enter, or a backslash at the end of a line, begins a new line; a path or an image "
+        "URL in a line attaches it; // sends a line that begins with a slash; Ctrl-C stops an "
+        "answer; an empty line or Ctrl-D ends."
+    )
+
+
+def _exit(chat: Chat, argument: str) -> Next:
+    return Next(end=True)
+
+
+COMMANDS = (
+    Command("image", "/image PATH|URL…", "send pictures with the next question", _image, True),
+    Command("images", "/images [remove N]", "list the pictures, or take one out", _images),
+    Command("paste", "/paste", "take the picture on the clipboard", _paste),
+    Command("system", "/system [TEXT|none]", "show or set the system prompt", _system),
+    Command("set", "/set [NAME VALUE]", "show or set temperature, top-p, seed …", _set),
+    Command("regen", "/regen", "answer the last question again", _regen),
+    Command("edit", "/edit [TEXT]", "change the last question and ask it again", _edit),
+    Command("undo", "/undo", "take the last question and its answer back", _undo),
+    Command("clear", "/clear", "forget all turns and pictures", _clear),
+    Command("history", "/history", "the turns, and how full the context is", _history),
+    Command("save", "/save [FILE|NAME]", "keep the chat under a name, or in one file", _save, True),
+    Command("load", "/load FILE|NAME", "go on with a saved chat", _load, True),
+    Command(
+        "sessions", "/sessions [delete NAME]", "list the saved chats, or delete one", _sessions
+    ),
+    Command("stats", "/stats", "what the answers have cost so far", _stats),
+    Command("copy", "/copy", "copy the last answer to the clipboard", _copy),
+    Command("help", "/help", "this list", _help),
+    Command("exit", "/exit", "end the chat", _exit),
+)
+_ALIASES = {"exit": ("/quit", "/q"), "help": ("/?", "/h")}
+
+
+def _all_images(chat: Chat) -> tuple[Image, ...]:
+    return chat.session.conversation.images + chat.session.queued
+
+
+def _image_rows(chat: Chat) -> Iterator[tuple[str, ...]]:
+    number = 0
+    for turn_number, turn in enumerate(chat.session.conversation.turns, 1):
+        for picture in turn.user.images:
+            number += 1
+            yield str(number), _described(picture), f"turn {turn_number}"
+    for picture in chat.session.queued:
+        number += 1
+        yield str(number), _described(picture), "waits for the next question"
+
+
+def _described(picture: Image) -> str:
+    return f"{picture.source} ({picture.width}×{picture.height})"
+
+
+def _sources(argument: str) -> list[str]:
+    """One path with spaces, or several words as a shell reads them."""
+    if os.path.exists(os.path.expanduser(argument)):
+        return [argument]
+    return _shell_words(argument)
+
+
+def _shell_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # an apostrophe
+        return [text]
+
+
+def _setting(key: str, text: str) -> object:
+    if text in _NONE and key in ("stop", "seed"):
+        return () if key == "stop" else None
+    if key == "stop":
+        return tuple(word.replace("\\n", "\n") for word in _shell_words(text))
+    kind = float if key in ("temperature", "top_p") else int
+    try:
+        return kind(text)
+    except ValueError:
+        number = "a number" if kind is float else "a whole number"
+        raise ConfigError(f"{key.replace('_', '-')} is {text!r}; it must be {number}") from None
+
+
+def _shown_setting(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(shlex.quote(text) for text in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def _last_turn(chat: Chat) -> Turn:
+    turns = chat.session.conversation.turns
+    if not turns:
+        raise InvalidRequest("there is no question yet")
+    return turns[-1]
+
+
+def _turn_row(number: int, turn: Turn, forgotten: bool) -> tuple[str | Text, ...]:
+    pictures = f" [{_count(len(turn.user.images), 'picture')}]" if turn.user.images else ""
+    answer = _first_words(turn.answer) + (" (stopped)" if turn.interrupted else "")
+    style = "bright_black" if forgotten else ""
+    cells = (str(number), _first_words(turn.user.text) + pictures, answer)
+    return tuple(Text(printable(cell), style) for cell in cells)
+
+
+def _gauge(chat: Chat) -> Text:
+    """How much of the context the history takes, and what is kept for the answer."""
+    session = chat.session
+    size, context = session.size(), session.backend.status().context_length
+    used = round(_GAUGE_CELLS * min(1.0, size.tokens / context))
+    kept = round(_GAUGE_CELLS * session.params.max_new_tokens / context)
+    free = max(0, _GAUGE_CELLS - used - kept)
+    return Text.assemble(
+        ("█" * used, "cyan"),
+        ("░" * free, "dim"),
+        ("▒" * (_GAUGE_CELLS - used - free), "dim"),
+        (
+            f" {size.tokens}/{context} tokens · {size.image_tokens} of them pictures · "
+            f"{session.params.max_new_tokens} kept for the answer",
+            "dim",
+        ),
+    )
+
+
+def _saving(chat: Chat) -> Autosave:
+    if chat.autosave is None:
+        raise SessionError("this chat is not saved: there is no folder for sessions")
+    return chat.autosave
+
+
+def _is_file(argument: str) -> bool:
+    return (
+        "/" in argument
+        or os.sep in argument
+        or argument.startswith("~")
+        or (argument.endswith(".json"))
+    )
+
+
+def _first_words(text: str, cells: int = 48) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= cells else line[: cells - 1] + "…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _print_rows(chat: Chat, rows: Iterable[tuple[str | Text, ...]]) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
+    chat.console.print(table)
