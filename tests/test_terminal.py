@@ -167,7 +167,7 @@ def test_terminal_resumes_after_kill_9_in_mid_answer(screen: Screen) -> None:
 
 
 def test_terminal_draws_right_after_its_width_changed(screen: Screen) -> None:
-    screen.start("--delay", "0.02", "--answer", LONG)
+    screen.start("--delay", "0.005", "--answer", LONG)
     screen.type("What is it?", "Enter")
     screen.wait_for("word60")
     screen.tmux("resize-window", "-x", "50", "-y", "20")

@@ -230,7 +230,9 @@ def _undo(chat: Chat, argument: str) -> None:
 def _clear(chat: Chat, argument: str) -> None:
     turns, pictures = len(chat.session.conversation.turns), len(_all_images(chat))
     if chat.autosave is not None:
-        chat.autosave.begin_anew()
+        if chat.autosave.name is not None:
+            chat.say(f"{chat.autosave.name} stays saved; what follows gets a name of its own")
+        chat.autosave.rename(None)
     chat.session.clear()
     stays = "; the system prompt stays" if chat.session.conversation.system else ""
     chat.say(f"forgot {_count(turns, 'turn')} and {_count(pictures, 'picture')}{stays}")

@@ -201,7 +201,6 @@ class Autosave:
         self._warn = warn
         self._created: str | None = None
         self._lock: IO[str] | None = None
-        self._chosen = False  # the name, by a person
         self._warned = False
         self.rename(name, created)
 
@@ -214,12 +213,7 @@ class Autosave:
             lock = self.store.hold(name) if name is not None else None
             self.close()
             self._lock = lock
-        self.name, self._created, self._chosen = name, created, name is not None
-
-    def begin_anew(self) -> None:
-        """What follows is another chat: it gets a name of its own, unless a person chose one."""
-        if not self._chosen:
-            self.rename(None)
+        self.name, self._created = name, created
 
     def saved(self, session: ChatSession) -> SavedSession:
         """The session as it would be saved now."""
@@ -241,7 +235,6 @@ class Autosave:
         try:
             if self.name is None and first is not None:
                 self.rename(self.store.new_name(first.text))
-                self._chosen = False
             saved = self.saved(session)
             self._created = saved.created
             self.store.save(saved)
