@@ -134,6 +134,21 @@ def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
     assert err == b"vlmchat: no space left on device\n"
 
 
+def test_chat_says_so_when_stdout_is_closed(start: Start) -> None:
+    process = start("chat", "-p", "count", stdout=None, preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (74, b"vlmchat: standard output is closed\n")
+
+
+def test_chat_animates_nothing_when_colours_are_forced_into_files(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    _, err = start("chat", "-p", "hello").communicate(timeout=60)
+    assert err == b""
+
+
 def test_main_reports_a_bug_on_one_line_when_debug_is_off(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

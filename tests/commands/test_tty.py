@@ -46,7 +46,8 @@ def test_chat_goes_on_with_the_last_session_after_an_interactive_one(spawn: Spaw
 def test_chat_puts_the_terminal_back_when_terminated(spawn: Spawn) -> None:
     process = spawn()
     process.expect("/help")
-    process.expect("> ")
+    process.send("half a question")
+    process.expect("half a question")
     process.kill(15)
     process.expect(pexpect.EOF)
     assert process.wait() == 143

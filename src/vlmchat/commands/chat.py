@@ -105,26 +105,35 @@ def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
         logging.disable(logging.WARNING)
     from rich.markup import escape
 
-    with err.status("starting") as status:
+    status = err.status("starting")
 
-        def show(stage: str) -> None:
-            if stage.startswith("downloading"):  # the hub's client draws bars of its own
-                status.stop()
-                err.print(stage, markup=False)
-            else:
-                status.update(escape(stage))
-                status.start()
+    def show(stage: str) -> None:
+        if stage.startswith("downloading"):  # the hub's client draws bars of its own
+            status.stop()
+            err.print(stage, markup=False)
+        elif _somebody_watches():
+            status.update(escape(stage))
+            status.start()
 
+    show("starting")
+    try:
         from vlmchat.engine.engine import Engine
 
         return Engine.load(config, show)
+    finally:
+        status.stop()
+
+
+def _somebody_watches() -> bool:
+    """Whether stderr is a terminal in fact: colours may be forced into a file."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def text_printer(output: OutputOptions, out: Console, err: Console, engine: Engine) -> TextPrinter:
     """Prints answers for people; what they took is told at a terminal only."""
     from vlmchat.output import TextPrinter
 
-    printer = TextPrinter(out, err, markdown=output.markdown, stats=err.is_terminal)
+    printer = TextPrinter(out, err, markdown=output.markdown, stats=_somebody_watches())
     return _with_prompt(printer, engine) if output.debug else printer
 
 
@@ -173,7 +182,7 @@ def show_question(out: Console, err: Console, session: ChatSession, question: st
 
     from vlmchat.terminal_image import show
 
-    if out.is_terminal and err.is_terminal:
+    if out.is_terminal and _somebody_watches():
         for picture in session.queued:
             show(picture, err, os.environ)
         err.print(Text(f"> {question}", "bold"))

@@ -6,6 +6,7 @@ SystemExit, nothing above sees any other exception.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -35,9 +36,10 @@ OTHER_EXITS = {
 def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Turn whatever is raised inside into a report on stderr and SystemExit."""
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         _drop_stdout()
         raise SystemExit(OTHER_EXITS["broken_pipe"][0]) from None
@@ -77,9 +79,7 @@ def describe(error: BaseException) -> tuple[str, str, int]:
 def _usage_message(error: Any) -> str:
     """Typer's words on one line, with the option, where its value came from, and where help is."""
     ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    if ctx is None:
-        return str(error.format_message())
-    if param is None:
+    if ctx is None or param is None:
         message = " ".join(error.format_message().split())
     else:
         source = ctx.get_parameter_source(param.name)
@@ -87,12 +87,14 @@ def _usage_message(error: Any) -> str:
         place = places.get(source.name) if source else None
         origin = f" (set in {place})" if place else ""
         message = f"{param.opts[0]}{origin}: {error.message.removeprefix('Value error, ')}"
-    return f"{message[:1].lower()}{message[1:].rstrip('.')}; see '{ctx.command_path} --help'"
+    message = message[:1].lower() + message[1:].rstrip(".")
+    return f"{message}; see '{ctx.command_path if ctx else 'vlmchat'} --help'"
 
 
 def _drop_stdout() -> None:
     """Point stdout at nothing, so that flushing it at exit cannot fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_on_signals() -> None:
