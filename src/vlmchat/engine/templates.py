@@ -15,7 +15,6 @@ from typing import Any
 
 from vlmchat.errors import ConfigError
 
-
 # What stands for a picture in a rendered prompt.
 IMAGE_MARKER = "<image>"
 
