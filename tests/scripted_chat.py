@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--answer", action="append", default=[])
     options = parser.parse_args()
 
+    options.state.mkdir(exist_ok=True)
     (options.state / "pid").write_text(str(os.getpid()))  # for those who want to kill it
     loader = ImageLoader(ImagePolicy())
     store = SessionStore(options.state, loader)

@@ -8,6 +8,8 @@ of engines and options.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -24,17 +26,20 @@ from prompt_toolkit.styles import Style
 from rich.console import Console
 
 from vlmchat import slash
+from vlmchat.chat import Chat
 from vlmchat.ctrl_c import CtrlC
 from vlmchat.errors import VlmchatError
 from vlmchat.images import ImageLoader, split_image_sources
 from vlmchat.output import TextPrinter
 from vlmchat.session import ChatSession, Reply
 from vlmchat.session_file import SavedSession
-from vlmchat.slash import ERROR, Chat, Next
+from vlmchat.slash import ERROR, Next
 from vlmchat.store import Autosave
 
 _log = logging.getLogger(__name__)
 _STYLE = Style.from_dict({"prompt": "bold", "placeholder": "fg:ansibrightblack"})
+# Nobody answers a new prompt so fast: the key was pressed while the answer was still coming.
+TYPED_AHEAD_S = 0.2
 _PLACEHOLDER = "a question, a picture's path, or /help"
 
 
@@ -44,6 +49,7 @@ class Repl:
     autosave: where the session is saved after each change, if it is.
     console: where everything but the answers is said.  env: the terminal's variables.
     history_file: the lines typed, for the arrow keys; None keeps them for this run only.
+    typed_ahead_s: an empty line so soon after an answer does not end the chat.
     input, output: another terminal than the process's own.
     """
 
@@ -57,16 +63,19 @@ class Repl:
         env: Mapping[str, str],
         history_file: Path | None = None,
         *,
+        typed_ahead_s: float = TYPED_AHEAD_S,
         input: Input | None = None,
         output: Output | None = None,
     ) -> None:
-        self._chat = Chat(session, loader, printer, console, env, autosave)
+        self.chat = Chat(session, loader, printer, console, env, autosave)
         session.on_change = autosave
         self._prefill = session.unanswered.text if session.unanswered else ""
         self._editing = False
+        self._typed_ahead_s = typed_ahead_s
+        self._answered_at = -math.inf
         self._lines: PromptSession[str] = PromptSession(
             history=_history(history_file),
-            completer=_SlashCompleter(self._chat),
+            completer=_SlashCompleter(self.chat),
             complete_while_typing=Condition(self._begins_with_slash),
             key_bindings=_keys(),
             multiline=True,
@@ -90,29 +99,32 @@ class Repl:
                 break
             except KeyboardInterrupt:
                 self._editing = False
-                self._chat.say("(an empty line, /exit or Ctrl-D ends the chat)")
+                self.chat.say("(an empty line, /exit or Ctrl-D ends the chat)")
                 continue
-            if not line.strip() or self._obey(line):
+            if line.strip():
+                if self._obey(line):
+                    break
+            elif time.monotonic() - self._answered_at >= self._typed_ahead_s:
                 break
         self._part()
         return 0
 
     def _greet(self, resumed: SavedSession | None) -> None:
-        chat, status = self._chat, self._chat.session.backend.status()
+        chat, status = self.chat, self.chat.session.backend.status()
         chat.say(
             f"{status.model} · context {status.context_length} tokens · "
             "/help lists the commands, an empty line ends"
         )
         if resumed is not None:
-            slash.say_lost(chat, resumed)
+            chat.say_lost(resumed)
         chat.show_tail()
         if self._prefill:
             chat.say("the last question has no answer yet; Enter asks it again")
 
     def _part(self) -> None:
-        autosave = self._chat.autosave
+        autosave = self.chat.autosave
         if autosave is not None and autosave.name is not None:
-            self._chat.say(f"saved as {autosave.name}; vlmchat chat --continue goes on with it")
+            self.chat.say(f"saved as {autosave.name}; vlmchat chat --continue goes on with it")
 
     def _read(self) -> str:
         """One message as it was typed. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
@@ -131,7 +143,7 @@ class Repl:
     def _label(self) -> str:
         if self._editing:
             return "edit> "
-        waiting = len(self._chat.session.queued)
+        waiting = len(self.chat.session.queued)
         return f"({waiting} picture{'s' if waiting > 1 else ''}) > " if waiting else "> "
 
     def _begins_with_slash(self) -> bool:
@@ -146,37 +158,38 @@ class Repl:
                 self._answer(step.begin)
             return step.end
         except KeyboardInterrupt:
-            self._chat.say("(stopped)")
+            self.chat.say("(stopped)")
         except VlmchatError as error:
-            self._chat.say(error.message, ERROR)
+            self.chat.say(error.message, ERROR)
         except Exception as error:  # a bug costs a turn, not the conversation
             _log.debug("a turn failed", exc_info=True)
-            self._chat.say(f"this failed unexpectedly: {type(error).__name__}: {error}", ERROR)
+            self.chat.say(f"this failed unexpectedly: {type(error).__name__}: {error}", ERROR)
         return False
 
     def _step(self, line: str) -> Next:
-        text, session = line.strip(), self._chat.session
+        text, session = line.strip(), self.chat.session
         if self._editing:
             return Next(begin=lambda: session.edit(text))
         if (found := slash.find(text)) is not None:
             command, argument = found
-            return command.run(self._chat, argument) or Next()
+            return command.run(self.chat, argument) or Next()
         if text.startswith("//"):
             return Next(begin=lambda: session.ask(text[1:]))
         sources, question = split_image_sources(text)
         if text.startswith("/") and not sources:
             raise slash.unknown(text)
-        for image in [self._chat.loader.load(source) for source in sources]:
-            self._chat.attach(image)
+        for image in [self.chat.loader.load(source) for source in sources]:
+            self.chat.attach(image)
         return Next(begin=lambda: session.ask(question)) if question.strip() else Next()
 
     def _answer(self, begin: Callable[[], Reply]) -> None:
         with CtrlC() as ctrl_c:
             reply = begin()
             ctrl_c.stops(reply)
-            self._chat.printer.answer(reply, self._chat.session.backend.status())
-            self._chat.totals.add(reply)
-        self._chat.console.print()
+            self.chat.printer.answer(reply, self.chat.session.backend.status())
+            self.chat.totals.add(reply)
+        self.chat.console.print()
+        self._answered_at = time.monotonic()
 
 
 class _SlashCompleter(Completer):

@@ -10,92 +10,25 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from vlmchat.chat import Chat, count, described, first_words
 from vlmchat.clipboard import copy_text
 from vlmchat.config import sampling_params
-from vlmchat.conversation import Image, Turn
+from vlmchat.conversation import Turn
 from vlmchat.errors import ConfigError, InvalidRequest, SessionError, VlmchatError
-from vlmchat.images import ImageLoader
 from vlmchat.markdown_stream import printable
-from vlmchat.output import TextPrinter
-from vlmchat.session import ChatSession, Reply
-from vlmchat.session_file import SavedSession, resume
+from vlmchat.session import Reply
+from vlmchat.session_file import resume
 from vlmchat.store import Autosave, read_file, write_file
-from vlmchat.terminal_image import show
 
 _GAUGE_CELLS = 24
-_TURNS_SHOWN_ON_RESUME = 2
 _NONE = ("none", "off")
 ERROR = "red"
-
-
-@dataclass(slots=True)
-class Totals:
-    """What this run has cost so far."""
-
-    turns: int = 0
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, reply: Reply) -> None:
-        """Count an answer that has ended."""
-        self.turns += 1
-        if reply.usage is not None:
-            self.prompt_tokens += reply.usage.prompt_tokens
-            self.image_tokens += reply.usage.image_tokens
-            self.cached_tokens += reply.usage.cached_tokens
-            self.completion_tokens += reply.usage.completion_tokens
-        if reply.timings is not None:
-            self.seconds += reply.timings.total_s
-
-
-@dataclass(slots=True)
-class Chat:
-    """What commands act on: the one conversation of the REPL and what surrounds it.
-
-    console: where everything but the answers is said.  env: the terminal's variables.
-    """
-
-    session: ChatSession
-    loader: ImageLoader
-    printer: TextPrinter
-    console: Console
-    env: Mapping[str, str]
-    autosave: Autosave | None = None
-    totals: Totals = field(default_factory=Totals)
-
-    def say(self, text: str, style: str = "dim") -> None:
-        """One remark, never read as markup."""
-        self.console.print(Text(printable(text), style))
-
-    def attach(self, image: Image) -> None:
-        """Show the picture and let it go with the next question."""
-        self.session.attach(image)
-        show(image, self.console, self.env)
-        self.say(f"picture {len(_all_images(self))}: {_described(image)}")
-
-    def show_tail(self) -> None:
-        """The last turns and what waits, for somebody who comes back."""
-        turns = self.session.conversation.turns
-        earlier = len(self.session.forgotten) + len(turns) - _TURNS_SHOWN_ON_RESUME
-        if earlier > 0:
-            self.say(f"… {_count(earlier, 'earlier turn')}; /history lists them")
-        for turn in turns[-_TURNS_SHOWN_ON_RESUME:]:
-            self.say(f"> {turn.user.text}", "bold")
-            self.printer.text(turn.answer)
-        for image in self.session.queued:
-            show(image, self.console, self.env)
-            self.say(f"{_described(image)} waits for the next question")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +94,20 @@ def _image(chat: Chat, argument: str) -> None:
 
 
 def _images(chat: Chat, argument: str) -> None:
-    pictures = _all_images(chat)
+    pictures = chat.images
     word, _, number = argument.partition(" ")
     if word in ("remove", "rm"):
         if not number.strip().isdecimal() or not 1 <= int(number) <= len(pictures):
             there = f"there are {len(pictures)}" if pictures else "there is none"
             raise InvalidRequest(f"give the number of a picture to remove; {there}")
         removed = chat.session.remove_image(int(number) - 1)
-        chat.say(f"removed {_described(removed)}")
+        chat.say(f"removed {described(removed)}")
     elif word:
         raise InvalidRequest("use /images, or /images remove N")
     elif not pictures:
         chat.say("no picture yet; /image PATH|URL brings one")
     else:
-        _print_rows(chat, _image_rows(chat))
+        chat.print_rows(_image_rows(chat))
 
 
 def _paste(chat: Chat, argument: str) -> None:
@@ -205,7 +138,7 @@ def _set(chat: Chat, argument: str) -> None:
         chat.session.set_params(sampling_params(**changed))
         values = {key: changed[key]}
     rows = ((name.replace("_", "-"), _shown_setting(value)) for name, value in values.items())
-    _print_rows(chat, rows)
+    chat.print_rows(rows)
 
 
 def _regen(chat: Chat, argument: str) -> Next:
@@ -222,32 +155,31 @@ def _edit(chat: Chat, argument: str) -> Next:
 
 def _undo(chat: Chat, argument: str) -> None:
     turn = chat.session.undo()
-    chat.say(f"took back: {_first_words(turn.user.text)}")
+    chat.say(f"took back: {first_words(turn.user.text)}")
     for picture in turn.user.images:
-        chat.say(f"and its picture {_described(picture)}")
+        chat.say(f"and its picture {described(picture)}")
 
 
 def _clear(chat: Chat, argument: str) -> None:
-    turns, pictures = len(chat.session.conversation.turns), len(_all_images(chat))
+    turns, pictures = len(chat.session.conversation.turns), len(chat.images)
     if chat.autosave is not None:
         if chat.autosave.name is not None:
             chat.say(f"{chat.autosave.name} stays saved; what follows gets a name of its own")
         chat.autosave.rename(None)
     chat.session.clear()
     stays = "; the system prompt stays" if chat.session.conversation.system else ""
-    chat.say(f"forgot {_count(turns, 'turn')} and {_count(pictures, 'picture')}{stays}")
+    chat.say(f"forgot {count(turns, 'turn')} and {count(pictures, 'picture')}{stays}")
 
 
 def _history(chat: Chat, argument: str) -> None:
     session = chat.session
     forgotten = len(session.forgotten)
     turns = (*session.forgotten, *session.conversation.turns)
-    _print_rows(
-        chat,
+    chat.print_rows(
         (_turn_row(number, turn, number <= forgotten) for number, turn in enumerate(turns, 1)),
     )
     if forgotten:
-        chat.say(f"{_count(forgotten, 'turn')} in grey: no longer remembered by the model")
+        chat.say(f"{count(forgotten, 'turn')} in grey: no longer remembered by the model")
     chat.console.print(_gauge(chat))
 
 
@@ -283,15 +215,9 @@ def _load(chat: Chat, argument: str) -> Next:
     autosave.rename(None if is_file else argument, None if is_file else saved.created)
     session.on_change = autosave
     chat.session = session
-    say_lost(chat, saved)
+    chat.say_lost(saved)
     chat.show_tail()
     return Next(prefill=saved.unanswered.text if saved.unanswered else "")
-
-
-def say_lost(chat: Chat, saved: SavedSession) -> None:
-    """Name the pictures that a saved session no longer has."""
-    for source in saved.lost:
-        chat.say(f"the picture {source} is lost: its saved file is gone or damaged", "yellow")
 
 
 def _sessions(chat: Chat, argument: str) -> None:
@@ -306,13 +232,12 @@ def _sessions(chat: Chat, argument: str) -> None:
     entries = autosave.store.list()
     if not entries:
         chat.say("no session yet")
-    _print_rows(
-        chat,
+    chat.print_rows(
         (
             (
                 "→" if entry.name == autosave.name else "",
                 entry.name,
-                "" if entry.turns is None else _count(entry.turns, "turn"),
+                "" if entry.turns is None else count(entry.turns, "turn"),
                 entry.first_words,
             )
             for entry in entries
@@ -332,17 +257,17 @@ def _stats(chat: Chat, argument: str) -> None:
         ("from the cache", f"{totals.cached_tokens} ({share:.0%} of the prompts)"),
         ("tokens answered", str(totals.completion_tokens)),
     ]
-    _print_rows(chat, rows)
+    chat.print_rows(rows)
 
 
 def _copy(chat: Chat, argument: str) -> None:
     answer = _last_turn(chat).answer
     way = copy_text(answer, sys.stdout)
-    chat.say(f"copied {_count(len(answer), 'character')} ({way})")
+    chat.say(f"copied {count(len(answer), 'character')} ({way})")
 
 
 def _help(chat: Chat, argument: str) -> None:
-    _print_rows(chat, ((command.usage, command.help) for command in COMMANDS))
+    chat.print_rows((command.usage, command.help) for command in COMMANDS)
     chat.say(
         "Alt-Enter, or a backslash at the end of a line, begins a new line; a path or an image "
         "URL in a line attaches it; // sends a line that begins with a slash; Ctrl-C stops an "
@@ -378,23 +303,15 @@ COMMANDS = (
 _ALIASES = {"exit": ("/quit", "/q"), "help": ("/?", "/h")}
 
 
-def _all_images(chat: Chat) -> tuple[Image, ...]:
-    return chat.session.conversation.images + chat.session.queued
-
-
 def _image_rows(chat: Chat) -> Iterator[tuple[str, ...]]:
     number = 0
     for turn_number, turn in enumerate(chat.session.conversation.turns, 1):
         for picture in turn.user.images:
             number += 1
-            yield str(number), _described(picture), f"turn {turn_number}"
+            yield str(number), described(picture), f"turn {turn_number}"
     for picture in chat.session.queued:
         number += 1
-        yield str(number), _described(picture), "waits for the next question"
-
-
-def _described(picture: Image) -> str:
-    return f"{picture.source} ({picture.width}×{picture.height})"
+        yield str(number), described(picture), "waits for the next question"
 
 
 def _sources(argument: str) -> list[str]:
@@ -438,10 +355,10 @@ def _last_turn(chat: Chat) -> Turn:
 
 
 def _turn_row(number: int, turn: Turn, forgotten: bool) -> tuple[str | Text, ...]:
-    pictures = f" [{_count(len(turn.user.images), 'picture')}]" if turn.user.images else ""
-    answer = _first_words(turn.answer) + (" (stopped)" if turn.interrupted else "")
+    pictures = f" [{count(len(turn.user.images), 'picture')}]" if turn.user.images else ""
+    answer = first_words(turn.answer) + (" (stopped)" if turn.interrupted else "")
     style = "bright_black" if forgotten else ""
-    cells = (str(number), _first_words(turn.user.text) + pictures, answer)
+    cells = (str(number), first_words(turn.user.text) + pictures, answer)
     return tuple(Text(printable(cell), style) for cell in cells)
 
 
@@ -477,19 +394,3 @@ def _is_file(argument: str) -> bool:
         or argument.startswith("~")
         or (argument.endswith(".json"))
     )
-
-
-def _first_words(text: str, cells: int = 48) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= cells else line[: cells - 1] + "…"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _print_rows(chat: Chat, rows: Iterable[tuple[str | Text, ...]]) -> None:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
-    chat.console.print(table)
