@@ -125,6 +125,15 @@ def test_chat_ends_with_143_when_terminated(start: Start) -> None:
     assert (process.returncode, err) == (143, b"")
 
 
+def test_config_is_quiet_when_its_reader_has_gone_already() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "vlmchat", "config"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
     with open("/dev/full", "wb") as full:

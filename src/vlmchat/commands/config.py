@@ -6,11 +6,12 @@ Parses an empty `vlmchat chat` command line, so that it tells exactly what chat 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vlmchat.commands.exit import reporting
 from vlmchat.commands.settings import Setting, settings
 
 
@@ -23,19 +24,22 @@ def config(
     The output is a settings file in TOML; what is commented out is not set.
     """
     root: Any = ctx.parent
-    path, values = settings(root.command.commands["chat"], root)
-    if as_json:
-        shown = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
-        shown["settings"] = {
-            s.key: {k: v for k, v in asdict(s).items() if k != "key"} for s in values
-        }
-        print(json.dumps(shown, ensure_ascii=False))
-        return
-    print(f"# settings file: {path}" + ("" if path.exists() else " (there is none)"))
+    with reporting(as_json=as_json, debug=False):
+        path, values = settings(root.command.commands["chat"], root)
+        print(_json(path, values) if as_json else _text(path, values))
+
+
+def _json(path: Path, values: list[Setting]) -> str:
+    shown = {s.key: {"value": s.value, "origin": s.origin, "place": s.place} for s in values}
+    head = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
+    return json.dumps({**head, "settings": shown}, ensure_ascii=False)
+
+
+def _text(path: Path, values: list[Setting]) -> str:
     lines = [(_toml(setting), setting.place or setting.origin) for setting in values]
     width = max(len(line) for line, _ in lines)
-    for line, origin in lines:
-        print(f"{line:{width}}  # {origin}")
+    head = f"# settings file: {path}" + ("" if path.exists() else " (there is none)")
+    return "\n".join([head, *(f"{line:{width}}  # {origin}" for line, origin in lines)])
 
 
 def _toml(setting: Setting) -> str:

@@ -1,7 +1,7 @@
 """How a command ends: one line on stderr (or one JSON object) and an exit code.
 
-`commands.main` and each command wrap what they do in `reporting`. Nothing below raises
-SystemExit, nothing above sees any other exception.
+`commands.main` and each command wrap what they do in `reporting`: above it there is no exception
+but SystemExit, which nothing below it raises but a signal.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
         if debug and not isinstance(error, KeyboardInterrupt | typer.TyperException):
             traceback.print_exc()
         code, message, exit_code = describe(error)
+        message = " ".join(message.split())
         if isinstance(error, OSError):
             _drop_stdout()  # or the interpreter fails to flush it once more, aloud
-        if as_json:
-            report = {"error": {"code": code, "message": message, "exit_code": exit_code}}
-            print(json.dumps(report, ensure_ascii=False), file=sys.stderr, flush=True)
-        else:
-            print(f"vlmchat: {message}", file=sys.stderr, flush=True)
+        report = {"error": {"code": code, "message": message, "exit_code": exit_code}}
+        line = json.dumps(report, ensure_ascii=False) if as_json else f"vlmchat: {message}"
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
         raise SystemExit(exit_code) from None
 
 
@@ -80,7 +80,7 @@ def _usage_message(error: Any) -> str:
     """Typer's words on one line, with the option, where its value came from, and where help is."""
     ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
     if ctx is None or param is None:
-        message = " ".join(error.format_message().split())
+        message = error.format_message()
     else:
         source = ctx.get_parameter_source(param.name)
         places = {"ENVIRONMENT": param.envvar, "DEFAULT_MAP": ctx.params.get("config")}

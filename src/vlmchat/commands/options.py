@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -65,9 +65,10 @@ def _parameter(group: Any, field: Any, kind: Any, declared: Any) -> Parameter:
         option.show_default = False
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
-    default = Parameter.empty if field.default is MISSING else field.default
     annotation = Annotated[kind, option]
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return Parameter(
+        field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+    )
 
 
 class GroupedCommand(TyperCommand):
