@@ -81,6 +81,7 @@ def test_help_lists_every_option_with_its_variable(cli: Cli) -> None:
         pytest.param("vlmchat chat --model-path de", ["demo"], id="model"),
         pytest.param("vlmchat chat --device cu", ["cuda"], id="device"),
         pytest.param("vlmchat chat --dtype fl", ["float32", "float16"], id="dtype"),
+        pytest.param("vlmchat chat --conv-mode vicuna", ["vicuna_v1"], id="conv-mode"),
         pytest.param("vlmchat ch", ["chat"], id="command"),
     ],
 )
@@ -92,6 +93,19 @@ def test_bash_completion_offers_values(words: str, expected: list[str]) -> None:
         command, capture_output=True, text=True, env=os.environ | env, check=False
     )
     assert done.stdout.split() == expected
+
+
+def test_bash_completion_offers_sessions(cli: Cli) -> None:
+    cli("chat", "--session", "holiday", "-p", "x")
+    assert _completed("vlmchat chat --session h") == ["holiday"]
+
+
+def _completed(words: str) -> list[str]:
+    count = str(len(words.split()) - 1)
+    env = {"_VLMCHAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
+    command = [sys.executable, "-m", "vlmchat"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=True)
+    return done.stdout.split()
 
 
 def test_chat_is_quiet_when_the_reader_goes_away(start: Start) -> None:

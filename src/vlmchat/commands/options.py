@@ -2,7 +2,7 @@
 
 A command takes whole groups (`model: ModelOptions`); `grouped` unfolds them into single options
 for Typer and folds the values back. Each option gets the environment variable named after it.
-Reads nothing itself and imports nothing heavy.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import typer
 from typer.core import TyperCommand
 
-from vlmchat.commands.settings import read_config
+from vlmchat.commands.settings import read_config, state_path
 from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
 from vlmchat.errors import ConfigError
 from vlmchat.request import SamplingParams
@@ -106,6 +106,16 @@ def _complete_model(incomplete: str) -> list[str]:
     return [*(m for m in (DEMO_MODEL, DEFAULT_MODEL) if m.startswith(incomplete)), *sorted(found)]
 
 
+def _complete_conv_mode(incomplete: str) -> list[str]:
+    from vlmchat.engine.templates import TEMPLATE_NAMES
+
+    return [name for name in TEMPLATE_NAMES if name.startswith(incomplete)]
+
+
+def _complete_session(incomplete: str) -> list[str]:
+    return sorted(file.stem for file in (state_path() / "sessions").glob(f"{incomplete}*.json"))
+
+
 @dataclass(frozen=True, slots=True)
 class FileOptions:
     """Where the settings come from."""
@@ -183,7 +193,8 @@ class ModelOptions:
         typer.Option(
             "--conv-mode",
             metavar="NAME",
-            help="Prompt format of an original LLaVA checkpoint; unset: the checkpoint's own.",
+            help="One of LLaVA's prompt formats; unset: the checkpoint's own.",
+            autocompletion=_complete_conv_mode,
         ),
     ] = None
 
@@ -304,7 +315,12 @@ class ChatOptions:
     ] = None
     session: Annotated[
         str | None,
-        typer.Option("--session", metavar="NAME", help="Resume or begin the session of that name."),
+        typer.Option(
+            "--session",
+            metavar="NAME",
+            help="Resume or begin the session of that name.",
+            autocompletion=_complete_session,
+        ),
     ] = None
     resume: Annotated[
         bool, typer.Option("--continue/--no-continue", help="Resume the last session.")
