@@ -38,7 +38,6 @@ class Room:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.typed_ahead_s = 0.0
         self.said = io.StringIO()
         self.console = Console(file=self.said, width=200, _environ={})
         self.backend = ScriptedBackend()
@@ -67,7 +66,6 @@ class Room:
                 self.autosave,
                 self.console,
                 {},
-                typed_ahead_s=self.typed_ahead_s,
                 input=keys,
                 output=DummyOutput(),
             )
@@ -370,12 +368,6 @@ def test_repl_copies_the_last_answer(room: Room, monkeypatch: pytest.MonkeyPatch
 def test_repl_help_lists_every_command(room: Room) -> None:
     said = room.type("/help")
     assert all(command.usage in said for command in slash.COMMANDS)
-
-
-def test_repl_takes_an_enter_pressed_during_an_answer_for_no_end(room: Room) -> None:
-    room.typed_ahead_s = 60.0
-    room.type("One?", "", "Two?", end="/exit\r")
-    assert room.questions == ["One?", "Two?"]
 
 
 def test_repl_works_without_a_store(room: Room) -> None:

@@ -106,6 +106,14 @@ def test_terminal_ctrl_c_stops_the_answer_and_the_next_question_works(screen: Sc
     assert "^C" not in text
 
 
+def test_terminal_takes_keys_pressed_during_an_answer_for_the_next_line(screen: Screen) -> None:
+    screen.start("--delay", "0.01", "--answer", " ".join(["word"] * 50))
+    screen.type("What is it?", "Enter")
+    screen.wait_for("word word")
+    screen.type("Enter", "Enter", "and now?", "Enter")
+    assert "ended" not in screen.wait_for("You said: and now?")
+
+
 def test_terminal_takes_several_lines_as_one_message(screen: Screen) -> None:
     screen.start()
     screen.type("one\\", "Enter", "two", "M-Enter", "three", "Enter")
@@ -181,6 +189,6 @@ def test_terminal_draws_right_after_its_width_changed(screen: Screen) -> None:
 def test_terminal_works_where_it_is_dumb(screen: Screen) -> None:
     screen.start(term="dumb")
     screen.type("plain?", "Enter")
-    screen.wait_for("You said: plain?")
+    screen.wait(lambda text: "You said: plain?" in text and text.count("\n>") == 2)
     screen.type("Enter")
     screen.wait_for("ended with 0")

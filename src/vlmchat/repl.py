@@ -8,7 +8,7 @@ of engines and options.
 from __future__ import annotations
 
 import logging
-import math
+import select
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,8 +38,8 @@ from vlmchat.store import Autosave
 
 _log = logging.getLogger(__name__)
 _STYLE = Style.from_dict({"prompt": "bold", "placeholder": "fg:ansibrightblack"})
-# Nobody answers a new prompt so fast: the key was pressed while the answer was still coming.
-TYPED_AHEAD_S = 0.2
+# An Enter that was pressed while an answer still came, and is read so soon after it, ends nothing.
+_TYPED_AHEAD_S = 0.5
 _PLACEHOLDER = "a question, a picture's path, or /help"
 
 
@@ -49,7 +49,6 @@ class Repl:
     autosave: where the session is saved after each change, if it is.
     console: where everything but the answers is said.  env: the terminal's variables.
     history_file: the lines typed, for the arrow keys; None keeps them for this run only.
-    typed_ahead_s: an empty line so soon after an answer does not end the chat.
     input, output: another terminal than the process's own.
     """
 
@@ -63,7 +62,6 @@ class Repl:
         env: Mapping[str, str],
         history_file: Path | None = None,
         *,
-        typed_ahead_s: float = TYPED_AHEAD_S,
         input: Input | None = None,
         output: Output | None = None,
     ) -> None:
@@ -71,8 +69,7 @@ class Repl:
         session.on_change = autosave
         self._prefill = session.unanswered.text if session.unanswered else ""
         self._editing = False
-        self._typed_ahead_s = typed_ahead_s
-        self._answered_at = -math.inf
+        self._typed_ahead_until = 0.0
         self._lines: PromptSession[str] = PromptSession(
             history=_history(history_file),
             completer=_SlashCompleter(self.chat),
@@ -104,7 +101,7 @@ class Repl:
             if line.strip():
                 if self._obey(line):
                     break
-            elif time.monotonic() - self._answered_at >= self._typed_ahead_s:
+            elif time.monotonic() > self._typed_ahead_until:
                 break
         self._part()
         return 0
@@ -189,7 +186,14 @@ class Repl:
             self.chat.printer.answer(reply, self.chat.session.backend.status())
             self.chat.totals.add(reply)
         self.chat.console.print()
-        self._answered_at = time.monotonic()
+        if self._keys_wait():
+            self._typed_ahead_until = time.monotonic() + _TYPED_AHEAD_S
+
+    def _keys_wait(self) -> bool:
+        try:
+            return bool(select.select([self._lines.input.fileno()], [], [], 0)[0])
+        except (OSError, ValueError):  # not a file that can be asked
+            return False
 
 
 class _SlashCompleter(Completer):
