@@ -141,7 +141,7 @@ def test_repl_replaces_bytes_that_are_not_utf_8(room: Room) -> None:
     ("failure", "line"),
     [
         pytest.param(OutOfMemory("no memory left"), "no memory left\n", id="expected"),
-        pytest.param(KeyError("x"), "this failed unexpectedly: KeyError: 'x'\n", id="unexpected"),
+        pytest.param(KeyError("x"), "(--debug shows where): KeyError: 'x'\n", id="unexpected"),
     ],
 )
 def test_repl_outlives_a_failed_turn(room: Room, failure: Exception, line: str) -> None:
@@ -199,7 +199,7 @@ def test_repl_lists_and_removes_pictures(room: Room) -> None:
 @pytest.mark.parametrize("number", ["0", "3", "x", ""])
 def test_repl_refuses_to_remove_a_picture_that_is_not_there(room: Room, number: str) -> None:
     said = room.type(f"/image {room.picture()}", f"/images remove {number}")
-    assert "give the number of a picture to remove; there are 1" in said
+    assert "give the number of a picture to remove; this chat has 1 picture" in said
 
 
 def test_repl_sets_and_shows_the_system_prompt(room: Room) -> None:
@@ -254,6 +254,11 @@ def test_repl_edits_the_last_question(room: Room) -> None:
     room.type(f"/image {room.picture()}", "What?", "/edit Which colour?")
     (turn,) = room.session.conversation.turns
     assert (turn.user.text, len(turn.user.images)) == ("Which colour?", 1)
+
+
+def test_repl_obeys_commands_while_a_question_is_edited(room: Room) -> None:
+    room.type("What?", "/edit", "\x15/undo", "Next?")
+    assert [turn.user.text for turn in room.session.conversation.turns] == ["Next?"]
 
 
 def test_repl_edit_without_text_puts_the_question_into_the_prompt(room: Room) -> None:

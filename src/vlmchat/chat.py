@@ -69,6 +69,8 @@ class Chat:
     def attach(self, image: Image) -> None:
         """Show the picture and let it go with the next question."""
         self.session.attach(image)
+        if self.autosave is not None:
+            self.autosave(self.session)
         show(image, self.console, self.env)
         self.say(f"picture {len(self.images)}: {described(image)}")
 
@@ -97,6 +99,8 @@ class Chat:
         earlier = len(self.session.forgotten) + len(turns) - _TURNS_SHOWN_ON_RESUME
         if earlier > 0:
             self.say(f"… {count(earlier, 'earlier turn')}; /history lists them")
+        for image in self.session.conversation.images[-1:]:
+            show(image, self.console, self.env)
         for turn in turns[-_TURNS_SHOWN_ON_RESUME:]:
             self.say(f"> {turn.user.text}", "bold")
             self.printer.text(turn.answer)

@@ -26,7 +26,7 @@ from prompt_toolkit.styles import Style
 from rich.console import Console
 
 from vlmchat import slash
-from vlmchat.chat import Chat
+from vlmchat.chat import Chat, count
 from vlmchat.ctrl_c import CtrlC
 from vlmchat.errors import VlmchatError
 from vlmchat.images import ImageLoader, split_image_sources
@@ -141,7 +141,7 @@ class Repl:
         if self._editing:
             return "edit> "
         waiting = len(self.chat.session.queued)
-        return f"({waiting} picture{'s' if waiting > 1 else ''}) > " if waiting else "> "
+        return f"({count(waiting, 'picture')}) > " if waiting else "> "
 
     def _begins_with_slash(self) -> bool:
         return self._lines.default_buffer.text.startswith("/")
@@ -160,24 +160,24 @@ class Repl:
             self.chat.say(error.message, ERROR)
         except Exception as error:  # a bug costs a turn, not the conversation
             _log.debug("a turn failed", exc_info=True)
-            self.chat.say(f"this failed unexpectedly: {type(error).__name__}: {error}", ERROR)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.chat.say(f"this failed unexpectedly (--debug shows where): {reason}", ERROR)
         return False
 
     def _step(self, line: str) -> Next:
         text, session = line.strip(), self.chat.session
-        if self._editing:
-            return Next(begin=lambda: session.edit(text))
+        ask = session.edit if self._editing else session.ask
         if (found := slash.find(text)) is not None:
             command, argument = found
             return command.run(self.chat, argument) or Next()
         if text.startswith("//"):
-            return Next(begin=lambda: session.ask(text[1:]))
-        sources, question = split_image_sources(text)
+            return Next(begin=lambda: ask(text[1:]))
+        sources, question = ([], text) if self._editing else split_image_sources(text)
         if text.startswith("/") and not sources:
             raise slash.unknown(text)
         for image in [self.chat.loader.load(source) for source in sources]:
             self.chat.attach(image)
-        return Next(begin=lambda: session.ask(question)) if question.strip() else Next()
+        return Next(begin=lambda: ask(question)) if question.strip() else Next()
 
     def _answer(self, begin: Callable[[], Reply]) -> None:
         with CtrlC() as ctrl_c:
@@ -192,7 +192,7 @@ class Repl:
     def _keys_wait(self) -> bool:
         try:
             return bool(select.select([self._lines.input.fileno()], [], [], 0)[0])
-        except (OSError, ValueError):  # not a file that can be asked
+        except (OSError, ValueError, NotImplementedError):  # not a file that can be asked
             return False
 
 

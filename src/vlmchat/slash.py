@@ -54,10 +54,10 @@ class Command:
 
 def find(line: str) -> tuple[Command, str] | None:
     """The command that a line begins with, and its argument; None if it begins with none."""
-    name, _, argument = line.strip().partition(" ")
+    name, *argument = line.split(None, 1)
     for command in COMMANDS:
         if name.lower() in (f"/{command.name}", *_ALIASES.get(command.name, ())):
-            return command, argument.strip()
+            return command, "".join(argument).strip()
     return None
 
 
@@ -98,8 +98,8 @@ def _images(chat: Chat, argument: str) -> None:
     word, _, number = argument.partition(" ")
     if word in ("remove", "rm"):
         if not number.strip().isdecimal() or not 1 <= int(number) <= len(pictures):
-            there = f"there are {len(pictures)}" if pictures else "there is none"
-            raise InvalidRequest(f"give the number of a picture to remove; {there}")
+            has = count(len(pictures), "picture")
+            raise InvalidRequest(f"give the number of a picture to remove; this chat has {has}")
         removed = chat.session.remove_image(int(number) - 1)
         chat.say(f"removed {described(removed)}")
     elif word:
@@ -196,9 +196,11 @@ def _save(chat: Chat, argument: str) -> None:
         if autosave.store.exists(argument):
             raise SessionError(f"there is a session {argument} already; choose another name")
         autosave.rename(argument)
-    autosave(chat.session)
+    elif autosave.name is None:
+        autosave(chat.session)  # finds a name, if there is something to save
     if autosave.name is None:
         raise InvalidRequest("there is nothing to save yet")
+    autosave.store.save(autosave.saved(chat.session))  # raises where autosave only warns
     chat.say(f"saved as {autosave.name}; --session {autosave.name} goes on with it")
 
 
