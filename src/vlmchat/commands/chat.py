@@ -85,14 +85,15 @@ def chat(
             if questions is None:
                 from vlmchat.repl import Repl
 
-                printer = text_printer(output, out, out, engine)
+                printer = text_printer(output, out, out, engine, stats=True)
                 history = state_path() / "history"
                 Repl(session, loader, printer, autosave, out, os.environ, history).run(saved)
             elif output.as_json:
                 ask_all(session, questions, json_printer(output, engine))
             else:
                 show = partial(show_question, out, err, session)
-                ask_all(session, questions, text_printer(output, out, err, engine), show)
+                printer = text_printer(output, out, err, engine, stats=_somebody_watches())
+                ask_all(session, questions, printer, show)
 
 
 def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
@@ -129,11 +130,13 @@ def _somebody_watches() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def text_printer(output: OutputOptions, out: Console, err: Console, engine: Engine) -> TextPrinter:
-    """Prints answers for people; what they took is told at a terminal only."""
+def text_printer(
+    output: OutputOptions, out: Console, err: Console, engine: Engine, *, stats: bool
+) -> TextPrinter:
+    """Prints answers for people."""
     from vlmchat.output import TextPrinter
 
-    printer = TextPrinter(out, err, markdown=output.markdown, stats=_somebody_watches())
+    printer = TextPrinter(out, err, markdown=output.markdown, stats=stats)
     return _with_prompt(printer, engine) if output.debug else printer
 
 
