@@ -394,6 +394,7 @@ def test_completion_offers_commands_settings_sessions_and_paths(room: Room) -> N
     assert completions(room, "/set to") == ["top-p", "top-k"]
     assert completions(room, "/load mi") == ["mine"]
     assert completions(room, f"/image {room.root}/re") == ["d.png"]
+    assert completions(room, f"/image {room.root}/red.png {room.root}/re") == ["d.png"]
     assert completions(room, "no command") == []
 
 

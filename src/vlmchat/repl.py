@@ -219,7 +219,9 @@ class _SlashCompleter(Completer):
             if word.startswith(argument):
                 yield Completion(word, -len(argument))
         if slash.takes_path(name):
-            yield from self._paths.get_completions(Document(argument), complete_event)
+            whole = list(self._paths.get_completions(Document(argument), complete_event))
+            last = Document(argument.rpartition(" ")[2])  # of several paths
+            yield from whole or self._paths.get_completions(last, complete_event)
 
 
 class _PrivateHistory(FileHistory):
