@@ -103,6 +103,7 @@ def test_terminal_ctrl_c_stops_the_answer_and_the_next_question_works(screen: Sc
     screen.type("and now?", "Enter")
     text = screen.wait_for("You said: and now?")
     assert "word399" not in text
+    assert text.count("(stopped)") == 1
     assert "^C" not in text
 
 

@@ -11,6 +11,7 @@ import logging
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -183,7 +184,8 @@ class Repl:
         with CtrlC() as ctrl_c:
             reply = begin()
             ctrl_c.stops(reply)
-            self.chat.printer.answer(reply, self.chat.session.backend.status())
+            with suppress(KeyboardInterrupt):  # what was said is shown and kept by then
+                self.chat.printer.answer(reply, self.chat.session.backend.status())
             self.chat.totals.add(reply)
         self.chat.console.print()
         if self._keys_wait():
