@@ -46,6 +46,7 @@ class Screen:
         command = shlex.join(["env", "-u", "COLUMNS", "-u", "LINES", *variables, *chat])
         script = f"{command}; echo ended with $?; exec sleep 600"
         self.tmux("respawn-pane", "-k", "-c", str(ROOT), script)
+        self.tmux("clear-history")  # of a chat before this one
         self.wait(lambda text: "\n>" in text)
 
     def type(self, *keys: str) -> None:
@@ -171,8 +172,8 @@ def test_terminal_resumes_after_kill_9_in_mid_answer(screen: Screen) -> None:
     os.kill(int((screen.state / "pid").read_text()), signal.SIGKILL)
     screen.wait_for("ended with 137")
     screen.start()
-    text = screen.wait_for("> What is it?", "A circle.", "Enter asks it again", "> And its")
-    assert text.rstrip().endswith("> And its colour?")
+    text = screen.wait(lambda text: text.rstrip().endswith("> And its colour?"))
+    assert "> What is it?\nA circle.\nthe last question has no answer yet" in text
 
 
 def test_terminal_draws_right_after_its_width_changed(screen: Screen) -> None:
