@@ -40,7 +40,6 @@ class Conversations(RuleBasedStateMachine):
     def finish(self, reply: Reply, stop_after: int | None = None) -> None:
         stream = reply._stream
         assert isinstance(stream, EngineStream)
-        assert stream.sequence is not None
         try:
             with reply:
                 for count, _ in enumerate(reply):
