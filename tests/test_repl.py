@@ -403,6 +403,7 @@ class Pressed:
 
     def __init__(self) -> None:
         self.cancelled = 0
+        self.over = False
 
     def cancel(self) -> None:
         self.cancelled += 1
@@ -423,6 +424,16 @@ def test_ctrl_c_first_stops_the_answer_then_leaves_it_and_no_more() -> None:
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert answer.cancelled == 1
+
+
+def test_ctrl_c_lets_an_answer_that_is_over_be_saved() -> None:
+    """An impatient second Ctrl-C cut the saving short: the stopped answer was not on disk."""
+    answer = Pressed()
+    with CtrlC() as ctrl_c:
+        ctrl_c.stops(answer)
+        signal.raise_signal(signal.SIGINT)
+        answer.over = True
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_before_the_answer_began_stops_it_at_once() -> None:

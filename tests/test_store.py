@@ -240,9 +240,15 @@ def test_a_session_file_whose_pictures_are_broken_still_opens(tmp_path: Path) ->
 
 
 def test_resume_lets_the_pictures_of_an_unanswered_question_wait_again() -> None:
-    session = resume(SAVED, ScriptedBackend(context_length=1024))
-    assert session.queued == (BLUE, RED)
-    assert (session.unanswered, session.forgotten) == (SAVED.unanswered, SAVED.forgotten)
+    green = picture("green.png", "green")
+    saved = replace(SAVED, unanswered=Message("user", "Which colour?", (green,)))
+    session = resume(saved, ScriptedBackend(context_length=1024))
+    assert session.queued == (BLUE, green)
+    assert (session.unanswered, session.forgotten) == (saved.unanswered, saved.forgotten)
+
+
+def test_resume_does_not_send_pictures_of_an_edited_question_twice() -> None:
+    assert resume(SAVED, ScriptedBackend(context_length=1024)).queued == (BLUE,)
 
 
 def chat(autosave: Autosave) -> ChatSession:

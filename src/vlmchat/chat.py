@@ -69,8 +69,6 @@ class Chat:
     def attach(self, image: Image) -> None:
         """Show the picture and let it go with the next question."""
         self.session.attach(image)
-        if self.autosave is not None:
-            self.autosave(self.session)
         show(image, self.console, self.env)
         self.say(f"picture {len(self.images)}: {described(image)}")
 
