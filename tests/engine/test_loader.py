@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.pictures import noise_image
@@ -152,6 +153,27 @@ def test_load_refuses_a_truncated_weight_file(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_refuses_a_weight_file_that_is_cut_off_behind_its_header(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_refuses_a_config_with_a_value_of_a_wrong_kind(copy: Path) -> None:
+    edit_config(copy, image_token_index="<image>")
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_says_so_when_memory_runs_out_meanwhile(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to(module: object, device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    assert isinstance(load_error(ModelConfig(str(tiny), device="cpu")), OutOfMemory)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

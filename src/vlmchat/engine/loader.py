@@ -20,13 +20,14 @@ from transformers.utils import logging as transformers_logging
 
 from vlmchat.config import ModelConfig
 from vlmchat.engine.hub import find_checkpoint
-from vlmchat.engine.memory import check_memory
+from vlmchat.engine.memory import check_memory, memory_errors
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
 from vlmchat.engine.templates import ConversationTemplate, template
-from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
+from vlmchat.errors import CheckpointError, ConfigError, OutOfMemory, UnsupportedModel
 from vlmchat.request import Status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ADVICE = "out of memory while loading; use --load-4bit or a smaller model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,13 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     num_bytes = check_memory(directory, device, dtype, config.quantization)
     progress(f"loading {config.path}: {num_bytes / 1e9:.2f} GB on {device}")
     model, processor = _read(directory, dtype)
-    if config.quantization is not None:
-        from vlmchat.engine.quantize import quantize
+    with memory_errors(_ADVICE):
+        if config.quantization is not None:
+            from vlmchat.engine.quantize import quantize
 
-        progress(f"quantising to {config.quantization}")
-        quantize(model, config.quantization, device, dtype)
-    model.to(device).eval()
+            progress(f"quantising to {config.quantization}")
+            quantize(model, config.quantization, device, dtype)
+        model.to(device).eval()
     spec = read_spec(model.config, model.generation_config, processor)
     context_length = _context_length(config.context_length, spec)
     status = Status(
@@ -144,15 +146,18 @@ def _read(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and processor; CheckpointError where tensors are missing, unexpected or misshapen."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they come back by name, and are refused below
-            **options,
-        )
+        with memory_errors(_ADVICE):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they come back by name: refused below
+                **options,
+            )
         processor = AutoProcessor.from_pretrained(directory, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except OutOfMemory:
+        raise
+    except Exception as error:  # wrong files make the libraries trip over whatever is in them
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{directory} cannot be loaded: {first_line}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -1,12 +1,16 @@
-"""How much memory a checkpoint needs, and whether the machine has it: asked before loading.
+"""How much memory a checkpoint needs, whether the machine has it, and what torch says if not.
 
-Reads safetensors headers only, no weights.
+The loader asks before it reads any weight; loader and runner wrap what may still run out of
+memory. Reads safetensors headers only.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,6 +22,8 @@ from vlmchat.errors import CheckpointError, OutOfMemory
 QUANTIZED_BYTES = {"8bit": 1.01, "4bit": 0.52}
 # Room for activations, the first keys and values, and what loading itself allocates.
 HEADROOM = 1.1
+# torch has a class of its own for CUDA only: its CPU allocator, Metal and cuBLAS say it in words.
+_OUT_OF_MEMORY = re.compile("allocate memory|not enough memory|out of memory|ALLOC_FAILED")
 
 
 def check_memory(
@@ -38,6 +44,17 @@ def check_memory(
             f"{free / 1e9:.1f} GB are free; {advice}choose a smaller model"
         )
     return needed
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Turn every way in which Python and torch run out of memory into OutOfMemory(message)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise OutOfMemory(message) from error
 
 
 def _free_bytes(device: torch.device) -> float:
