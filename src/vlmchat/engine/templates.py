@@ -1,6 +1,6 @@
 """LLaVA's conversation templates under their names, each as one Jinja text for transformers.
 
-The loader asks for one when `--conv-mode` names it, or by the checkpoint's name as a last resort.
+The loader asks for one when `--conv-mode` names it.
 The formats are the table below; `templates/llava.jinja` renders them all. Knows no tokenizer.
 """
 
@@ -110,16 +110,6 @@ TEMPLATE_NAMES = tuple(_FORMS)
 # Names of LLaVA whose formats hold long texts of other projects -> the nearest one here.
 _LEFT_OUT = {"default": "llava_v0", "v0": "llava_v0", "llama_2": "llava_llama_2"}
 
-# Source: LLaVA's command line; the first part found in the lower-cased name wins.
-_NAME_PARTS = (
-    ("llama-2", "llava_llama_2"),
-    ("mistral", "mistral_instruct"),
-    ("v1.6-34b", "chatml_direct"),
-    ("v1", "llava_v1"),
-    ("mpt", "mpt"),
-    ("", "llava_v0"),
-)
-
 
 def template(name: str) -> ConversationTemplate:
     """The template of that name; ConfigError, with the names there are, if there is none."""
@@ -145,16 +135,3 @@ def _build(name: str, format_: Mapping[str, Any]) -> ConversationTemplate:
     jinja = f"{{%- set form = {json.dumps(form)} -%}}\n{body}"
     after = form["assistant"]["after"]
     return ConversationTemplate(name, jinja, (after,) if after in _STOPS else ())
-
-
-def template_for_model(model: str) -> tuple[str, str]:
-    """The name of LLaVA's template for a checkpoint of this path or hub id, and the rule why.
-
-    The last resort: a name says little. For a `checkpoint-N` folder its parent's name counts too.
-    """
-    *parents, name = model.strip("/").split("/")
-    if parents and name.startswith("checkpoint-"):
-        name = f"{parents[-1]}_{name}"
-    part, found = next(pair for pair in _NAME_PARTS if pair[0] in name.lower())
-    rule = f"{part!r} in the name" if part else "nothing in the name that says otherwise"
-    return found, rule
