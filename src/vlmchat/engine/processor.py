@@ -12,11 +12,13 @@ from collections import OrderedDict
 from threading import Lock
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlmchat.conversation import Conversation, Image, Message
 from vlmchat.engine.sequence import ImageSpan, Prompt, image_match_id
 from vlmchat.engine.spec import ModelSpec
 from vlmchat.engine.templates import IMAGE_MARKER, ConversationTemplate
-from vlmchat.errors import UnsupportedModel
+from vlmchat.errors import InvalidRequest, UnsupportedModel
 from vlmchat.request import PromptSize
 
 # Processed pictures kept for the next turn's prompt; a LLaVA-1.5 picture is 1.4 MB in float32.
@@ -53,16 +55,25 @@ class Processor:
         return self._hf.tokenizer
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt as text, one image token per picture; asks for an answer if one is pending."""
+        """The prompt as text, one image token per picture; asks for an answer if one is pending.
+
+        Raises InvalidRequest when the checkpoint's template refuses it, say for a system prompt.
+        """
         messages = [self._template_message(message) for message in conversation.messages()]
         if not messages:
             return ""
-        text: str = self._hf.apply_chat_template(
-            messages,
-            chat_template=self._jinja,
-            add_generation_prompt=conversation.pending is not None,
-            tokenize=False,
-        )
+        try:
+            text: str = self._hf.apply_chat_template(
+                messages,
+                chat_template=self._jinja,
+                add_generation_prompt=conversation.pending is not None,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses this conversation: {error}; "
+                "--conv-mode takes another template"
+            ) from error
         return text
 
     def count(self, conversation: Conversation) -> PromptSize:
@@ -86,11 +97,13 @@ class Processor:
         if not text:
             return []
         parts = text.split(self._marker)
-        for image in conversation.images:
-            self._image_inputs(image)
-        placeholders = [
-            self._spec.image_token * self._num_tokens[image.digest] for image in conversation.images
-        ]
+        counts = [self._num_image_tokens(image) for image in conversation.images]
+        if len(parts) != len(counts) + 1:
+            raise UnsupportedModel(
+                f"the model's chat template shows {len(parts) - 1} of {len(counts)} pictures; "
+                "--conv-mode takes another template"
+            )
+        placeholders = [self._spec.image_token * count for count in counts]
         expanded = "".join(
             part + placeholder for part, placeholder in zip(parts, [*placeholders, ""], strict=True)
         )
@@ -107,6 +120,11 @@ class Processor:
     def _plain(self, text: str) -> str:
         """Text in which no special token can be read: `</s>` typed by a person is five letters."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    def _num_image_tokens(self, image: Image) -> int:
+        if image.digest not in self._num_tokens:
+            self._image_inputs(image)
+        return self._num_tokens[image.digest]
 
     def _image_inputs(self, image: Image) -> dict[str, Any]:
         with self._lock:
