@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
 from vlmchat.config import ModelConfig
 from vlmchat.conversation import Conversation
+from vlmchat.engine import hub
 from vlmchat.engine.engine import Engine
 from vlmchat.errors import (
     CheckpointError,
@@ -113,6 +115,18 @@ def test_load_names_the_demo_model_when_there_is_no_network(
     error = load_error(ModelConfig("nobody/nothing"))
     assert isinstance(error, NetworkError)
     assert "--model-path demo" in error.message
+
+
+def test_load_says_so_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice was to check the network."""
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/such/cache")
+    monkeypatch.setattr(hub, "model_info", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        Engine.load(ModelConfig("nobody/nothing"))
 
 
 def test_load_refuses_the_original_llava_layout(copy: Path) -> None:

@@ -6,6 +6,7 @@ without touching the network; a download that was interrupted is taken up where 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,13 +23,15 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SAFETENSORS = "*.safetensors"
 PICKLED = "*.bin"
 HUB_TIMEOUT_S = 10
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def find_checkpoint(path: str, revision: str | None, progress: Callable[[str], None]) -> Path:
     """The directory of a checkpoint, downloaded if need be.
 
     path: `demo`, a directory, or a hub id (`owner/name`).
-    Raises ModelNotFound, or NetworkError when a download is needed and cannot be had.
+    Raises ModelNotFound, or NetworkError when a download is needed and cannot be had; OSError when
+    there is no room for it.
     """
     if path == DEMO_MODEL:
         return Path(str(files("vlmchat.demo") / "model"))
@@ -95,6 +98,8 @@ def _download(repo: str, revision: str | None, progress: Callable[[str], None]) 
     except errors.RemoteEntryNotFoundError as error:
         raise ModelNotFound(f"{repo} has no config.json, so it is not a model") from error
     except (errors.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) in _DISK_ERRORS:
+            raise
         raise NetworkError(
             f"{repo} is not on this machine and the hub does not answer; check the network, "
             f"or use the built-in model: --model-path {DEMO_MODEL}"
