@@ -217,6 +217,23 @@ def test_store_deletes_pictures_that_no_session_needs(store: SessionStore, tmp_p
         store.load("circles")
 
 
+def test_store_deletes_nothing_and_leaves_nothing_when_there_is_no_such_session(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    with pytest.raises(SessionError, match="there is no session circles"):
+        store.delete("circles")
+    assert not (tmp_path / "vlmchat/sessions/circles.lock").exists()
+
+
+def test_store_deletes_beside_a_session_that_is_not_text(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    store.save(SAVED)
+    (tmp_path / "vlmchat/sessions/broken.json").write_bytes(b"\xff")
+    store.delete("circles")
+    assert not store.exists("circles")
+
+
 def test_store_lets_only_one_hold_a_session(store: SessionStore) -> None:
     with (
         store.hold("circles"),

@@ -69,9 +69,7 @@ class SessionStore:
 
     def load(self, name: str) -> SavedSession:
         """The session of that name; pictures that are gone are in its `lost`."""
-        path = self._path(name)
-        if not path.exists():
-            raise SessionError(f"there is no session {name}; /sessions lists them ({path})")
+        path = self._existing(name)
         return _parse(path, lambda value: self._stored_picture)
 
     def exists(self, name: str) -> bool:
@@ -90,13 +88,13 @@ class SessionStore:
 
     def delete(self, name: str) -> None:
         """Delete the session, unless it is open, and the pictures that no other one has."""
-        path = self._path(name)
+        path = self._existing(name)
         with self.hold(name), _told(path), self._writing():
             path.unlink()
             path.with_suffix(".lock").unlink()
-            used = "".join(other.read_text("utf-8") for other in self._sessions.glob("*.json"))
+            used = b"".join(other.read_bytes() for other in self._sessions.glob("*.json"))
             for blob in self._blobs.iterdir():
-                if blob.name not in used:
+                if blob.name.encode() not in used:
                     blob.unlink()
 
     def new_name(self, question: str) -> str:
@@ -129,6 +127,12 @@ class SessionStore:
                 f"{name!r} cannot name a session; use up to 80 letters, digits, - _ + and ."
             )
         return self._sessions / f"{name}.json"
+
+    def _existing(self, name: str) -> Path:
+        path = self._path(name)
+        if not path.exists():
+            raise SessionError(f"there is no session {name}; /sessions lists them ({path})")
+        return path
 
     def _stored_picture(self, sha256: str, source: str) -> Image | None:
         if not re.fullmatch("[0-9a-f]{64}", sha256):
