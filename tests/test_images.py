@@ -400,7 +400,7 @@ def test_load_bytes_tells_wide_pictures_from_tall_ones_of_the_same_bytes() -> No
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(KINDS),
     length=st.floats(0, 1),
@@ -416,7 +416,7 @@ def test_load_bytes_raises_nothing_of_its_own_for_damaged_files(
     check_outcome(bytes(data[: max(0, round(len(data) * (length * 2)))]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(start=st.sampled_from([encode_as(kind)[:12] for kind in KINDS] + [b""]), rest=st.binary())
 def test_load_bytes_raises_nothing_of_its_own_for_random_bytes(start: bytes, rest: bytes) -> None:
     check_outcome(start + rest)
@@ -505,6 +505,6 @@ def test_split_image_sources_leaves_all_else_as_it_is(folder: Path, line: str) -
 
 
 @given(line=st.text(st.sampled_from("ab '\"\\\n.png:/~"), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_split_image_sources_never_loses_words(line: str) -> None:
     assert split_image_sources(line) == ([], line)

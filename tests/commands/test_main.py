@@ -86,13 +86,7 @@ def test_help_lists_every_option_with_its_variable(cli: Cli) -> None:
     ],
 )
 def test_bash_completion_offers_values(words: str, expected: list[str]) -> None:
-    count = str(len(words.split()) - 1)
-    env = {"_VLMCHAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
-    command = [sys.executable, "-m", "vlmchat"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | env, check=False
-    )
-    assert done.stdout.split() == expected
+    assert _completed(words) == expected
 
 
 def test_bash_completion_offers_sessions(cli: Cli) -> None:

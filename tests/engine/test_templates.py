@@ -78,7 +78,7 @@ words = st.text(max_size=12)
 
 
 @every_template
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(system=st.none() | words, turns=st.lists(st.tuples(words, st.integers(0, 2), words)))
 def test_template_grows_only_at_the_end(
     name: str, system: str | None, turns: list[tuple[str, int, str]]
