@@ -69,7 +69,7 @@ def takes_path(name: str) -> bool:
 def words_after(chat: Chat, name: str) -> Iterable[str]:
     """The words that may follow this command."""
     if name == "/load" and chat.autosave is not None:
-        return [entry.name for entry in chat.autosave.store.list()]
+        return chat.autosave.store.names()
     if name == "/set":
         return [key.replace("_", "-") for key in asdict(chat.session.params)]
     return {"/images": ["remove"], "/sessions": ["delete"], "/system": ["none"]}.get(name, [])

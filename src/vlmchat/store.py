@@ -78,13 +78,16 @@ class SessionStore:
 
     def latest(self) -> str | None:
         """The name of the session that was written last."""
-        paths = sorted(self._sessions.glob("*.json"), key=_modified)
-        return paths[-1].stem if paths else None
+        return next(iter(self.names()), None)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all sessions, the newest first; no file is opened."""
+        paths = sorted(self._sessions.glob("*.json"), key=_modified, reverse=True)
+        return tuple(path.stem for path in paths)
 
     def list(self) -> tuple[Entry, ...]:
         """All sessions, the newest first."""
-        paths = sorted(self._sessions.glob("*.json"), key=_modified, reverse=True)
-        return tuple(_entry(path) for path in paths)
+        return tuple(_entry(self._sessions / f"{name}.json") for name in self.names())
 
     def delete(self, name: str) -> None:
         """Delete the session, unless it is open, and the pictures that no other one has."""
@@ -107,19 +110,24 @@ class SessionStore:
             name = f"{base}-{count}"
         return name
 
-    def hold(self, name: str) -> IO[str]:
-        """Keep other processes from writing that session until the result is closed."""
+    def hold(self, name: str) -> IO[str] | None:
+        """Keep other processes from writing that session until the result is closed.
+
+        None where no lock can be made: nobody saves there, and who tries is told why.
+        """
         path = self._path(name).with_suffix(".lock")
-        with _told(path):
+        try:
             self._make_folders()
             lock = _open_private(path)
-            if not _lock(lock, wait=False):
-                lock.close()
-                raise SessionError(
-                    f"session {name} is open in another vlmchat; close it, "
-                    "or choose another name with --session"
-                )
-            return lock
+        except OSError:
+            return None
+        if not _lock(lock, wait=False):
+            lock.close()
+            raise SessionError(
+                f"session {name} is open in another vlmchat; close it, "
+                "or choose another name with --session"
+            )
+        return lock
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -186,8 +194,8 @@ def read_file(path: Path, loader: ImageLoader) -> SavedSession:
 class Autosave:
     """The `on_change` hook that saves a session after each change.
 
-    A session without a name gets one at its first question. A failed save is told once, through
-    `warn`, and the chat goes on.
+    A session without a name gets one at its first question. When saving begins to fail, that is
+    told through `warn`, and the chat goes on.  failed: whether the last change is not saved.
     """
 
     def __init__(
@@ -202,10 +210,10 @@ class Autosave:
         self.store = store
         self.model = model
         self.name: str | None = None
+        self.failed = False
         self._warn = warn
         self._created: str | None = None
         self._lock: IO[str] | None = None
-        self._warned = False
         self.rename(name, created)
 
     def rename(self, name: str | None, created: str | None = None) -> None:
@@ -230,22 +238,26 @@ class Autosave:
             now=now,
         )
 
-    def __call__(self, session: ChatSession) -> None:
-        """Save, if there is anything to save."""
+    def save(self, session: ChatSession) -> None:
+        """Save, if there is anything to save. Raises SessionError."""
         turns = session.conversation.turns
         first = turns[0].user if turns else session.unanswered
-        if self.name is None and first is None:
-            return
-        try:
-            if self.name is None and first is not None:
-                self.rename(self.store.new_name(first.text))
+        if self.name is None and first is not None:
+            self.rename(self.store.new_name(first.text))
+        if self.name is not None:
             saved = self.saved(session)
             self._created = saved.created
             self.store.save(saved)
+        self.failed = False
+
+    def __call__(self, session: ChatSession) -> None:
+        """Save, or warn."""
+        try:
+            self.save(session)
         except SessionError as error:
-            if not self._warned:
+            if not self.failed:
                 self._warn(f"the chat is not being saved: {error}")
-            self._warned = True
+            self.failed = True
 
     def close(self) -> None:
         """Let other processes have the session."""
