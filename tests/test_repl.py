@@ -25,7 +25,7 @@ from vlmchat.ctrl_c import CtrlC
 from vlmchat.errors import OutOfMemory
 from vlmchat.images import ImageLoader
 from vlmchat.output import TextPrinter
-from vlmchat.repl import Repl, _SlashCompleter
+from vlmchat.repl import Repl, _PrivateHistory, _SlashCompleter
 from vlmchat.request import SamplingParams
 from vlmchat.session import ChatSession
 from vlmchat.store import Autosave, SessionStore
@@ -337,6 +337,39 @@ def test_repl_saves_the_chat_by_itself(room: Room) -> None:
     assert name is not None
     assert f"saved as {name}" in said
     assert room.store.load(name).conversation == room.session.conversation
+
+
+def test_repl_says_at_the_end_that_the_chat_could_not_be_saved(tmp_path: Path) -> None:
+    """It said "saved as …", after the disk had become full."""
+    room = Room(tmp_path / "room")
+    (tmp_path / "room").write_text("not a folder")
+    warnings: list[str] = []
+    room.autosave = Autosave(room.store, "scripted", warnings.append, "mine")
+    said = room.type("Hello", "/save")
+    assert "the end of this chat could not be saved" in said
+    assert "mine.json: " in said
+    assert "saved as" not in said
+
+
+def test_repl_chats_on_when_typed_lines_cannot_be_kept(room: Room, tmp_path: Path) -> None:
+    """A full disk showed a traceback after each line."""
+    history = _PrivateHistory(str(tmp_path))  # a folder can be neither read nor written
+    history.append_string("Hello")
+    assert list(history.load_history_strings()) == []
+
+
+@pytest.mark.parametrize("command", ["/save", "/load"])
+def test_repl_takes_a_path_of_an_unknown_user_for_one_that_is_not_there(
+    room: Room, command: str
+) -> None:
+    """It was told as an unexpected failure."""
+    assert "~nosuchuser/x.json: No such file" in room.type("Hello", f"{command} ~nosuchuser/x.json")
+
+
+def test_repl_numbers_turns_of_pictures_as_history_does(room: Room) -> None:
+    room.session.forgotten = (Turn(Message("user", "Old?"), "Yes."),)
+    said = room.type(f"What is it? {room.picture()}", "/images")
+    assert "turn 2" in said
 
 
 def test_repl_puts_an_unanswered_question_into_the_prompt(room: Room) -> None:

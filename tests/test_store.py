@@ -310,6 +310,34 @@ def test_autosave_warns_once_and_lets_the_chat_go_on(tmp_path: Path) -> None:
     assert len(session.conversation.turns) == 2
 
 
+def test_autosave_of_a_named_session_warns_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    warnings: list[str] = []
+    store = SessionStore(tmp_path / "file", LOADER)
+    session = chat(Autosave(store, "demo", warnings.append, "mine"))
+    session.set_system("Be brief.")
+    assert len(warnings) == 1
+    assert "mine.json: " in warnings[0]
+
+
+def test_autosave_warns_again_when_it_had_worked_in_between(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    autosave = Autosave(store, "demo", warnings.append, "mine")
+    session = chat(autosave)
+    file = next(tmp_path.rglob("mine.lock")).with_suffix(".json")
+    file.mkdir()  # in the way
+    session.set_system("Be brief.")
+    file.rmdir()
+    session.set_system("Be kind.")
+    file.unlink()
+    file.mkdir()
+    session.set_system("Be honest.")
+    autosave.close()
+    assert len(warnings) == 2
+
+
 def test_autosave_refuses_a_session_that_is_open_elsewhere(
     store: SessionStore, autosave: Autosave
 ) -> None:

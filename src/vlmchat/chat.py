@@ -84,7 +84,8 @@ class Chat:
             table.add_row(
                 *(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row)
             )
-        self.console.print(table)
+        if table.rows:
+            self.console.print(table)
 
     def say_lost(self, saved: SavedSession) -> None:
         """Name the pictures that a saved session no longer has."""

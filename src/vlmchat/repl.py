@@ -121,7 +121,9 @@ class Repl:
 
     def _part(self) -> None:
         autosave = self.chat.autosave
-        if autosave is not None and autosave.name is not None:
+        if autosave is not None and autosave.failed:
+            self.chat.say("the end of this chat could not be saved", ERROR)
+        elif autosave is not None and autosave.name is not None:
             self.chat.say(f"saved as {autosave.name}; vlmchat chat --continue goes on with it")
 
     def _read(self) -> str:
@@ -227,10 +229,16 @@ class _SlashCompleter(Completer):
 
 
 class _PrivateHistory(FileHistory):
-    """Lines typed, in a file that can hold any of them."""
+    """Lines typed, in a file that can hold any of them; a chat without old lines is still one."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        with suppress(OSError):
+            return list(super().load_history_strings())
+        return ()
 
     def store_string(self, string: str) -> None:
-        super().store_string(string.encode("utf-8", "replace").decode())
+        with suppress(OSError):  # a full disk
+            super().store_string(string.encode("utf-8", "replace").decode())
 
 
 def _history(file: Path | None) -> History:
@@ -239,7 +247,7 @@ def _history(file: Path | None) -> History:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.touch(mode=0o600)
-    except OSError:  # a chat without old lines is still a chat
+    except OSError:
         return InMemoryHistory()
     return _PrivateHistory(str(file))
 

@@ -185,7 +185,7 @@ def _history(chat: Chat, argument: str) -> None:
 
 def _save(chat: Chat, argument: str) -> None:
     if _is_file(argument):
-        path = Path(argument).expanduser()
+        path = _path(argument)
         if path.exists():
             raise SessionError(f"{path} exists; delete it, or choose another name")
         write_file(_saving(chat).saved(chat.session), path)
@@ -196,11 +196,9 @@ def _save(chat: Chat, argument: str) -> None:
         if autosave.store.exists(argument):
             raise SessionError(f"there is a session {argument} already; choose another name")
         autosave.rename(argument)
-    elif autosave.name is None:
-        autosave(chat.session)  # finds a name, if there is something to save
+    autosave.save(chat.session)
     if autosave.name is None:
         raise InvalidRequest("there is nothing to save yet")
-    autosave.store.save(autosave.saved(chat.session))  # raises where autosave only warns
     chat.say(f"saved as {autosave.name}; --session {autosave.name} goes on with it")
 
 
@@ -209,10 +207,8 @@ def _load(chat: Chat, argument: str) -> Next:
         raise InvalidRequest("give a file or a session: /load FILE|NAME; /sessions lists them")
     autosave = _saving(chat)
     is_file = _is_file(argument)
-    if is_file:
-        saved = read_file(Path(argument).expanduser(), chat.loader)
-    else:
-        saved = autosave.store.load(argument)
+    store = autosave.store
+    saved = read_file(_path(argument), chat.loader) if is_file else store.load(argument)
     session = resume(saved, chat.session.backend)
     autosave.rename(None if is_file else argument, None if is_file else saved.created)
     session.on_change = autosave
@@ -307,11 +303,12 @@ _ALIASES = {"exit": ("/quit", "/q"), "help": ("/?", "/h")}
 
 def _image_rows(chat: Chat) -> Iterator[tuple[str, ...]]:
     number = 0
-    for turn_number, turn in enumerate(chat.session.conversation.turns, 1):
+    session = chat.session
+    for turn_number, turn in enumerate(session.conversation.turns, len(session.forgotten) + 1):
         for picture in turn.user.images:
             number += 1
             yield str(number), described(picture), f"turn {turn_number}"
-    for picture in chat.session.queued:
+    for picture in session.queued:
         number += 1
         yield str(number), described(picture), "waits for the next question"
 
@@ -387,6 +384,10 @@ def _saving(chat: Chat) -> Autosave:
     if chat.autosave is None:
         raise SessionError("this chat is not saved: there is no folder for sessions")
     return chat.autosave
+
+
+def _path(argument: str) -> Path:
+    return Path(os.path.expanduser(argument))
 
 
 def _is_file(argument: str) -> bool:

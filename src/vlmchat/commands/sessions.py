@@ -5,6 +5,7 @@ Called by `chat`, before the model is loaded (to fail early) and after.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def autosave(
     """Whoever saves the chat. Raises SessionError when another process has the session open."""
     from vlmchat.store import Autosave
 
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     model = str(path.absolute()) if model != DEMO_MODEL and path.is_dir() else model
     name, created = (saved.name, saved.created) if saved else (asked.session, None)
     return Autosave(store, model, _warn, name, created)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,9 @@ def find_checkpoint(path: str, revision: str | None, progress: Callable[[str], N
     """
     if path == DEMO_MODEL:
         return Path(str(files("vlmchat.demo") / "model"))
-    directory = Path(path).expanduser()
+    if not path.strip():
+        raise ModelNotFound("--model-path is empty; give 'demo', a directory or a hub id")
+    directory = Path(os.path.expanduser(path))
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelNotFound(f"{path} has no config.json, so it is not a model directory")
