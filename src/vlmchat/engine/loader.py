@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -55,7 +55,8 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     dtype = pick_dtype(config.dtype, raw_config, device)
     num_bytes = check_memory(directory, device, dtype, config.quantization)
     progress(f"loading {config.path}: {num_bytes / 1e9:.2f} GB on {device}")
-    model, processor = _read(directory, dtype)
+    # Weights in the files' own dtype are mapped, not copied: so they are taken to be quantised.
+    model, processor = _read(directory, dtype if config.quantization is None else "auto")
     with memory_errors(_ADVICE):
         if config.quantization is not None:
             from vlmchat.engine.quantize import quantize
@@ -142,7 +143,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _read(directory: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Any, Any]:
     """Model and processor; CheckpointError where tensors are missing, unexpected or misshapen."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:

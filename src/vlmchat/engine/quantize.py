@@ -14,15 +14,19 @@ from torch import nn
 
 
 def quantize(model: Any, kind: str, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Quantise `model.language_model` in place and move it to `device`.
+    """Quantise `model.language_model`'s linear layers in place, one by one, onto `device`.
 
-    kind: "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation).
+    kind: "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation). All other weights become
+    `compute_dtype` where they are.
     """
     language_model = model.model.language_model
     for name, linear in list(language_model.named_modules()):
         if isinstance(linear, nn.Linear):
             replacement = _eight_bit(linear) if kind == "8bit" else _four_bit(linear, compute_dtype)
             language_model.set_submodule(name, replacement.to(device))
+    for parameter in model.parameters():  # no buffers: rotary frequencies stay in float32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype)
 
 
 def _eight_bit(linear: nn.Linear) -> Any:
