@@ -92,7 +92,7 @@ class SessionStore:
     def delete(self, name: str) -> None:
         """Delete the session, unless it is open, and the pictures that no other one has."""
         path = self._existing(name)
-        with self.hold(name) or contextlib.nullcontext(), _told(path), self._writing():
+        with self.hold(name), _told(path), self._writing():
             path.unlink()
             path.with_suffix(".lock").unlink(missing_ok=True)
             used = b"".join(other.read_bytes() for other in self._sessions.glob("*.json"))
@@ -110,24 +110,25 @@ class SessionStore:
             name = f"{base}-{count}"
         return name
 
-    def hold(self, name: str) -> IO[str] | None:
+    def hold(self, name: str) -> contextlib.ExitStack:
         """Keep other processes from writing that session until the result is closed.
 
-        None where no lock can be made: nobody saves there, and who tries is told why.
+        It holds nothing where no lock can be made: nobody saves there, and who tries is told why.
         """
         path = self._path(name).with_suffix(".lock")
+        held = contextlib.ExitStack()
         try:
             self._make_folders()
-            lock = _open_private(path)
+            lock = held.enter_context(_open_private(path))
         except OSError:
-            return None
+            return held
         if not _lock(lock, wait=False):
-            lock.close()
+            held.close()
             raise SessionError(
                 f"session {name} is open in another vlmchat; close it, "
                 "or choose another name with --session"
             )
-        return lock
+        return held
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -213,7 +214,7 @@ class Autosave:
         self.failed = False
         self._warn = warn
         self._created: str | None = None
-        self._lock: IO[str] | None = None
+        self._held = contextlib.ExitStack()
         self.rename(name, created)
 
     def rename(self, name: str | None, created: str | None = None) -> None:
@@ -222,9 +223,9 @@ class Autosave:
         Raises SessionError when another process has that session open.
         """
         if name != self.name:
-            lock = self.store.hold(name) if name is not None else None
+            held = self.store.hold(name) if name is not None else contextlib.ExitStack()
             self.close()
-            self._lock = lock
+            self._held = held
         self.name, self._created = name, created
 
     def saved(self, session: ChatSession) -> SavedSession:
@@ -261,9 +262,7 @@ class Autosave:
 
     def close(self) -> None:
         """Let other processes have the session."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
 
 def _parse(path: Path, pictures_of: Callable[[object], Any]) -> SavedSession:
