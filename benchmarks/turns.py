@@ -77,7 +77,7 @@ def measure(directory: Path) -> list[tuple[float, float, int, int]]:
         runs.append(turns)
     engine.close()
     by_turn = zip(*runs[1:], strict=True)  # the first run warms up
-    return [tuple(map(median, zip(*turn, strict=True))) for turn in by_turn]  # type: ignore[misc]
+    return [tuple(map(median, zip(*turn, strict=True))) for turn in by_turn]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -256,9 +257,14 @@ def test_fetch_stops_reading_at_the_limit_without_a_declared_length(server: Serv
 
 
 def test_fetch_limits_what_a_compressed_body_becomes(server: Server) -> None:
-    server.answers["/a"] = body(gzip.compress(b"\0" * 2**22), Content_Encoding="gzip")
-    with pytest.raises(ImageRejected, match="limit of 1 MiB"):
-        fetch(f"{server.url}/a", ImagePolicy(allow_private_urls=True, max_bytes=2**20))
+    server.answers["/a"] = body(gzip.compress(b"\0" * 2**25), Content_Encoding="gzip")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageRejected, match="limit of 1 MiB"):
+            fetch(f"{server.url}/a", ImagePolicy(allow_private_urls=True, max_bytes=2**20))
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

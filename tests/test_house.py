@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,36 +18,18 @@ PACKAGE = ROOT / "src" / "vlmchat"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
-# A module may import those of lower rank, and its own folder. Longest prefix wins.
-RANKS = {
-    "__init__": 0,
-    "errors": 0,
-    "conversation": 1,
-    "request": 2,
-    "config": 3,
-    "": 4,  # everything that is not named here: images, fetch, output, session, store …
-    "engine": 5,
-    "repl": 6,
-    "commands": 7,
-    "__main__": 8,
-}
+# The rooms of docs/architecture.md, in its order: a module imports only what comes before it.
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ROOMS = [
+    room.removesuffix(".py").removesuffix("/").replace("/", ".")
+    for row in re.findall(r"^\| (`.+?) \|", ARCHITECTURE, re.M)
+    for room in re.findall(r"`(\S+)`", row)
+]
+VALUES = ("errors", "conversation", "request", "config")
 TORCH_ROOMS = (
-    "assemble",
-    "hf_checkpoint",
-    "kv_cache",
-    "llava_checkpoint",
-    "llava_model",
-    "llava_weights",
-    "loader",
-    "lora",
-    "memory",
-    "quantize",
-    "runner",
-    "sampler",
-    "tensors",
-    "vision",
+    *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
+    *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
 )
-STRANGERS_TO_THE_ENGINE = ("server", "repl", "web", "session", "output", "store", "client")
 
 
 def _tree(path: Path) -> ast.Module:
@@ -73,28 +56,38 @@ def _room(name: str) -> str:
 
 
 def _rank(room: str) -> int:
-    found = [name for name in RANKS if name and (room == name or room.startswith(f"{name}."))]
-    return RANKS[max(found, key=len, default="")]
+    """Where the module, or the folder that it is in, stands in ROOMS."""
+    return next(rank for rank, name in enumerate(ROOMS) if f"{room}.".startswith(f"{name}."))
 
 
 def _in_package(path: Path) -> list[str]:
-    files = {_room(name).removesuffix(".__init__") for name in NAMES}
+    """The modules of this package that are imported, as in ROOMS."""
+    files = {_room(name) for name in NAMES}
     named = (_room(name) for name in _imports(_tree(path)) if name.startswith("vlmchat."))
     return [name for name in named if name in files]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_module_imports_only_what_stands_below_it(path: Path) -> None:
-    room = _room(str(path.relative_to(PACKAGE)))
-    above = [name for name in _in_package(path) if _rank(name) > _rank(room)]
-    assert above == []
+def test_architecture_names_every_room_and_no_other() -> None:
+    files = {_room(name) for name in NAMES if not name.endswith("__init__.py")}
+    folders = {room for room in ROOMS if (PACKAGE / room).is_dir()}
+    in_folders = {file for file in files if file.split(".")[0] in folders}
+    assert sorted(ROOMS) == sorted((files - in_folders) | folders)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("__init__.py")])
+def test_module_imports_only_what_stands_before_it(name: str) -> None:
+    rank = _rank(_room(name))
+    assert [found for found in _in_package(PACKAGE / name) if _rank(found) > rank] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_module_leaves_the_engine_alone_when_any_backend_would_do(path: Path) -> None:
-    room = _room(str(path.relative_to(PACKAGE)))
-    if room.split(".")[0].split("_")[0] in STRANGERS_TO_THE_ENGINE:
-        assert [name for name in _in_package(path) if name.startswith("engine")] == []
+def test_engine_and_those_who_ask_it_do_not_know_each_other(path: Path) -> None:
+    wing = path.relative_to(PACKAGE).parts[0]
+    imports = _in_package(path)
+    if wing == "engine":
+        assert [n for n in imports if n not in VALUES and not n.startswith("engine.")] == []
+    elif wing != "commands":
+        assert [n for n in imports if n.startswith("engine.")] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)

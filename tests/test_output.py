@@ -113,7 +113,7 @@ MARKDOWN_LINES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(MARKDOWN_LINES, max_size=25), st.lists(st.integers(1, 25), max_size=60))
 def test_streamed_markdown_ends_as_the_same_screen_as_one_render(
     lines: list[str], sizes: list[int]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.fakes import ScriptedBackend, picture
@@ -103,6 +105,24 @@ def test_undo_takes_the_last_turn_back() -> None:
     assert [turn.user.text for turn in session.conversation.turns] == ["a"]
 
 
+def test_undo_leaves_pictures_of_forgotten_turns_to_the_next_question() -> None:
+    """A picture that the trimmer had moved into the only turn left went with that turn."""
+    session = make_session(ScriptedBackend(context_length=60), room=10)
+    finish(session.ask("one two three four five six seven", (RED,)))
+    finish(session.ask("eight nine ten eleven", (BLUE,)))
+    assert [turn.user.images for turn in session.conversation.turns] == [(RED, BLUE)]
+    assert session.undo().user.images == (BLUE,)
+    assert session.queued == (RED,)
+
+
+def test_regenerate_leaves_no_question_unanswered() -> None:
+    """After a crash in a second answer, the question came back though its first answer was kept."""
+    session = make_session()
+    finish(session.ask("a"))
+    session.regenerate()
+    assert session.unanswered is None
+
+
 @pytest.mark.parametrize("act", [ChatSession.undo, ChatSession.regenerate])
 def test_session_refuses_to_go_back_when_there_is_no_turn(act: object) -> None:
     with pytest.raises(InvalidRequest, match="no question"):
@@ -132,6 +152,26 @@ def test_on_change_sees_the_question_before_the_answer_begins() -> None:
     session.on_change = lambda s: seen.append((len(s.conversation.turns), bool(s.unanswered)))
     finish(session.ask("a"))
     assert seen == [(0, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda session: session.attach(BLUE), id="attach"),
+        pytest.param(lambda session: session.remove_image(0), id="remove a queued picture"),
+        pytest.param(
+            lambda session: session.set_params(SamplingParams(max_new_tokens=3)), id="set"
+        ),
+        pytest.param(lambda session: session.set_system("Be brief."), id="system"),
+    ],
+)
+def test_on_change_hears_of_every_change(act: Callable[[ChatSession], object]) -> None:
+    session = make_session()
+    session.attach(RED)
+    heard: list[ChatSession] = []
+    session.on_change = heard.append
+    act(session)
+    assert heard == [session]
 
 
 def test_session_refuses_parameters_that_leave_no_room() -> None:

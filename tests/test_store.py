@@ -217,6 +217,23 @@ def test_store_deletes_pictures_that_no_session_needs(store: SessionStore, tmp_p
         store.load("circles")
 
 
+def test_store_deletes_nothing_and_leaves_nothing_when_there_is_no_such_session(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    with pytest.raises(SessionError, match="there is no session circles"):
+        store.delete("circles")
+    assert not (tmp_path / "vlmchat/sessions/circles.lock").exists()
+
+
+def test_store_deletes_beside_a_session_that_is_not_text(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    store.save(SAVED)
+    (tmp_path / "vlmchat/sessions/broken.json").write_bytes(b"\xff")
+    store.delete("circles")
+    assert not store.exists("circles")
+
+
 def test_store_lets_only_one_hold_a_session(store: SessionStore) -> None:
     with (
         store.hold("circles"),
@@ -240,9 +257,15 @@ def test_a_session_file_whose_pictures_are_broken_still_opens(tmp_path: Path) ->
 
 
 def test_resume_lets_the_pictures_of_an_unanswered_question_wait_again() -> None:
-    session = resume(SAVED, ScriptedBackend(context_length=1024))
-    assert session.queued == (BLUE, RED)
-    assert (session.unanswered, session.forgotten) == (SAVED.unanswered, SAVED.forgotten)
+    green = picture("green.png", "green")
+    saved = replace(SAVED, unanswered=Message("user", "Which colour?", (green,)))
+    session = resume(saved, ScriptedBackend(context_length=1024))
+    assert session.queued == (BLUE, green)
+    assert (session.unanswered, session.forgotten) == (saved.unanswered, saved.forgotten)
+
+
+def test_resume_does_not_send_pictures_of_an_edited_question_twice() -> None:
+    assert resume(SAVED, ScriptedBackend(context_length=1024)).queued == (BLUE,)
 
 
 def chat(autosave: Autosave) -> ChatSession:
@@ -285,6 +308,34 @@ def test_autosave_warns_once_and_lets_the_chat_go_on(tmp_path: Path) -> None:
             list(reply)
     assert len(warnings) == 1
     assert len(session.conversation.turns) == 2
+
+
+def test_autosave_of_a_named_session_warns_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    warnings: list[str] = []
+    store = SessionStore(tmp_path / "file", LOADER)
+    session = chat(Autosave(store, "demo", warnings.append, "mine"))
+    session.set_system("Be brief.")
+    assert len(warnings) == 1
+    assert "mine.json: " in warnings[0]
+
+
+def test_autosave_warns_again_when_it_had_worked_in_between(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    autosave = Autosave(store, "demo", warnings.append, "mine")
+    session = chat(autosave)
+    file = next(tmp_path.rglob("mine.lock")).with_suffix(".json")
+    file.mkdir()  # in the way
+    session.set_system("Be brief.")
+    file.rmdir()
+    session.set_system("Be kind.")
+    file.unlink()
+    file.mkdir()
+    session.set_system("Be honest.")
+    autosave.close()
+    assert len(warnings) == 2
 
 
 def test_autosave_refuses_a_session_that_is_open_elsewhere(

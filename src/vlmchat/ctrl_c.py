@@ -15,6 +15,9 @@ from typing import Any, Protocol
 class Cancellable(Protocol):
     """Something that ends early when told to."""
 
+    @property
+    def over(self) -> bool: ...
+
     def cancel(self) -> None: ...
 
 
@@ -22,8 +25,9 @@ class CtrlC:
     """Within `with`, SIGINT stops the answer given to `stops` instead of the program.
 
     The first stops the answer the orderly way, so that its counts still arrive. If that takes too
-    long a second raises KeyboardInterrupt; any further one does nothing. Outside of the main
-    thread, where signals do not arrive, nothing changes.
+    long a second raises KeyboardInterrupt; any further one does nothing, nor does any once the
+    answer is over and being saved. Outside of the main thread, where signals do not arrive,
+    nothing changes.
     """
 
     def __init__(self) -> None:
@@ -56,5 +60,5 @@ class CtrlC:
         if self._presses == 1 and self._answer is not None:
             # Not here: the interrupted code may hold the very lock that cancelling needs.
             threading.Thread(target=self._answer.cancel, daemon=True).start()
-        elif self._presses == 2:
+        elif self._presses == 2 and not (self._answer is not None and self._answer.over):
             raise KeyboardInterrupt

@@ -8,7 +8,6 @@ VlmchatError
 ├─ ConfigError              an option, a variable or the config file holds a bad value
 ├─ InvalidRequest           the request itself cannot be served
 │  ├─ NoInput               nothing was asked
-│  ├─ UnsupportedParameter
 │  ├─ PromptTooLong
 │  └─ ImageError
 │     ├─ ImageNotFound      no such file
@@ -65,12 +64,6 @@ class NoInput(InvalidRequest):
 
     code = "no_input"
     exit_code = 66
-
-
-class UnsupportedParameter(InvalidRequest):
-    """A parameter that this backend does not serve: refused by name, never ignored."""
-
-    code = "unsupported_parameter"
 
 
 class PromptTooLong(InvalidRequest):

@@ -222,7 +222,7 @@ def _status(status: int) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return re.sub(r"^\[Errno -?\d+\] ", "", " ".join(str(error).split()))[:200]
 
 
 class _Deadline:

@@ -35,14 +35,14 @@ from vlmchat.conversation import Image
 from vlmchat.errors import FetchRefused, ImageNotFound, ImageRejected
 from vlmchat.fetch import fetch, shown, shown_bytes
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # and HEIF, by its plug-in
 _PICTURE_END = re.compile(
     r"\.(jpe?g|jpe|jfif|a?png|webp|gif|tiff?|bmp|dib|avif|hei[cf])(?=\s|$)", re.IGNORECASE
 )
 _NOT_SPACE = re.compile(r"\S+")
 _MAX_PATH_CHARACTERS = 4096
 _READS = "JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIC"
-_DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<options>[^,]*),(?P<payload>.*)", re.I | re.DOTALL)
+_DATA_URL = re.compile(r"data:[^,;]*(?P<options>[^,]*),(?P<payload>.*)", re.I | re.DOTALL)
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WITH_ALPHA = ("RGBA", "RGBa", "LA", "PA")
@@ -180,16 +180,18 @@ def split_image_sources(line: str) -> tuple[list[str], str]:
 
 def _source_at(line: str, start: int, end: int) -> tuple[str | None, int]:
     """The picture named at `start` and where its name ends; or None and the end of the word."""
-    if quoted := _WORD.match(line, start):
+    if _names_a_picture(line[start:end]):
+        return line[start:end], end
+    limit = start + _MAX_PATH_CHARACTERS
+    if quoted := _WORD.match(line, start, limit):
         name = "".join(shlex.split(quoted[0]))
         if _names_a_picture(name):
             return name, quoted.end()
-    line_end = line.find("\n", start, start + _MAX_PATH_CHARACTERS)
-    rest = line[: line_end if line_end >= 0 else start + _MAX_PATH_CHARACTERS]
-    # Also up to each later word with a picture's suffix: a path whose spaces nobody escaped.
-    for candidate in (end, *(found.end() for found in _PICTURE_END.finditer(rest, start))):
-        if _names_a_picture(line[start:candidate]):
-            return line[start:candidate], candidate
+    # Nobody may have escaped the path's spaces: try up to the next word with a picture's suffix.
+    line_end = line.find("\n", end, limit)
+    further = _PICTURE_END.search(line, end, line_end if line_end >= 0 else limit)
+    if further and _names_a_picture(line[start : further.end()]):
+        return line[start : further.end()], further.end()
     return None, end
 
 
@@ -251,28 +253,26 @@ def _decode(data: bytes, name: str, max_pixels: int) -> PILImage.Image:
 
 
 def _open(data: bytes, name: str) -> PILImage.Image:
-    formats = [known for known in FORMATS if known != "HEIF"]
+    formats = list(_FORMATS)
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        formats += _heif_formats(name)
+        _register_heif(name)
+        formats.append("HEIF")
     try:
         return PILImage.open(BytesIO(data), formats=formats)
     except PILImage.DecompressionBombError as error:  # Pillow's own limit, which no option lifts
         pixels, limit = (_megapixels(int(number)) for number in re.findall(r"\d+", str(error))[:2])
-        raise ImageRejected(
-            f"{name} has {pixels}, at most {limit} are decoded; resize it"
-        ) from None
+        raise ImageRejected(f"{name} has {pixels}, {limit} is the most; resize it") from None
     except UnidentifiedImageError:
         raise ImageRejected(f"{name} {_what_else(data)}") from None
     except Exception as error:  # see _decode
         raise _broken(data, name, error) from None
 
 
-def _heif_formats(name: str) -> list[str]:
+def _register_heif(name: str) -> None:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
         raise ImageRejected(f"{name} is a HEIC picture; to read it, install pillow-heif") from None
-    return ["HEIF"]
 
 
 def _what_else(data: bytes) -> str:

@@ -49,7 +49,7 @@ class TextPrinter:
     """Answers for people: streamed Markdown on a terminal, otherwise the text as it comes.
 
     markdown: render it; only where `out` takes colours, and kept live only where it is a terminal.
-    stats: after each answer say on `err` what it took, what was trimmed, and why it ended early.
+    What was trimmed, and why an answer ended early, is said on `err`; with stats also what it took.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TextPrinter:
             with reply:
                 self._stream(reply)
         finally:
-            if self._stats and reply.finish_reason is not None:
+            if reply.finish_reason is not None:
                 self._say_what_it_took(reply, status)
 
     def text(self, text: str) -> None:
@@ -98,8 +98,8 @@ class TextPrinter:
         return _PlainScreen(self.out.file)
 
     def _say_what_it_took(self, reply: Reply, status: Status) -> None:
-        lines = [*_trimming(reply.trimmed), *_ending(reply), *_costs(reply, status)]
-        for line in lines:
+        costs = _costs(reply, status) if self._stats else ()
+        for line in [*_trimming(reply.trimmed), *_ending(reply), *costs]:
             self.err.print(Text(line, style="dim"), soft_wrap=True)
 
 

@@ -21,7 +21,6 @@ class FinishReason(StrEnum):
     STOP = "stop"  # the model's end token, or a stop string
     LENGTH = "length"  # max_new_tokens, or the end of the context
     CANCELLED = "cancelled"
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

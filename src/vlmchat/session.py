@@ -77,6 +77,11 @@ class Reply:
                 self.usage, self.timings = delta.usage, delta.timings
             yield delta
 
+    @property
+    def over(self) -> bool:
+        """Whether the answer has ended: what is left to do is to show and to keep it."""
+        return self.finish_reason is not None
+
     def cancel(self) -> None:
         """Stop the answer; what was said so far is kept."""
         self._stream.cancel()
@@ -98,8 +103,8 @@ class Reply:
 class ChatSession:
     """A conversation with one backend.
 
-    on_change(session) is called after every change of the history, and with the question in
-    `unanswered` before an answer begins: whoever stores sessions hooks in here.
+    on_change(session) is called after every change, and with the question in `unanswered` before
+    an answer begins: whoever stores sessions hooks in here.
     """
 
     def __init__(
@@ -139,32 +144,44 @@ class ChatSession:
         """Use other sampling parameters from now on; ConfigError if they leave no room."""
         self._check_room(params)
         self.params = params
+        self._changed()
 
     def attach(self, image: Image) -> None:
         """Send `image` with the next question."""
         self.queued = (*self.queued, image)
+        self._changed()
 
     def ask(self, text: str, images: tuple[Image, ...] = ()) -> Reply:
         """Begin the answer to a new question, with the queued pictures and these.
 
         Raises PromptTooLong, history untouched, when the message alone does not fit.
         """
-        return self._begin(self._conversation, Message("user", text, self.queued + images))
+        question = Message("user", text, self.queued + images)
+        return self._begin(self._conversation, question, unanswered=question)
 
     def regenerate(self) -> Reply:
         """Answer the last question again. The old answer stays if the new one fails."""
-        return self._begin(*self._without_last_turn())
+        before, question = self._without_last_turn()
+        return self._begin(before, question, unanswered=None)
 
     def edit(self, text: str) -> Reply:
         """Ask `text` in place of the last question, with the same pictures."""
         before, question = self._without_last_turn()
-        return self._begin(before, replace(question, text=text))
+        edited = replace(question, text=text)
+        return self._begin(before, edited, unanswered=edited)
 
     def undo(self) -> Turn:
-        """Take the last turn back."""
-        before, _ = self._without_last_turn()
-        turn = self._conversation.turns[-1]
-        self._set(before)
+        """Take the last turn back, as it was asked.
+
+        Pictures that the trimmer had moved into it from forgotten turns wait for the next question.
+        """
+        before, question = self._without_last_turn()
+        moved = _images_of(self.forgotten)
+        back = tuple(image for image in question.images if image in moved)
+        own = tuple(image for image in question.images if image not in moved)
+        turn = replace(self._conversation.turns[-1], user=replace(question, images=own))
+        self._conversation, self.queued = before, self.queued + back
+        self._changed()
         return turn
 
     def clear(self) -> None:
@@ -185,6 +202,7 @@ class ChatSession:
         position = index - len(sent)
         removed = self.queued[position]
         self.queued = self.queued[:position] + self.queued[position + 1 :]
+        self._changed()
         return removed
 
     def _without_last_turn(self) -> tuple[Conversation, Message]:
@@ -193,23 +211,27 @@ class ChatSession:
         *before, last = self._conversation.turns
         return replace(self._conversation, turns=tuple(before)), last.user
 
-    def _begin(self, history: Conversation, question: Message) -> Reply:
-        self._check_room(self.params)
+    def _begin(
+        self, history: Conversation, question: Message, *, unanswered: Message | None
+    ) -> Reply:
         fitted, trimmed = fit(replace(history, pending=question), self.backend, self.budget)
-        self.unanswered = question
+        self.unanswered = unanswered
         self._changed()
         stream = self.backend.stream(fitted, self.params)
         return Reply(self, fitted, stream, trimmed, history.turns[: trimmed.turns])
 
     def _commit(self, reply: Reply) -> None:
-        if not reply.answer and reply.finish_reason is FinishReason.CANCELLED:
+        stopped = reply.finish_reason is FinishReason.CANCELLED
+        answer, asked = reply.answer.strip(), reply.conversation.pending
+        if stopped and not answer:
             return
-        self.unanswered = None
-        self.forgotten += reply.dropped
-        asked = reply.conversation.pending
-        self.queued = tuple(image for image in self.queued if asked and image not in asked.images)
-        interrupted = reply.finish_reason is FinishReason.CANCELLED
-        self._set(reply.conversation.answered(reply.answer.strip(), interrupted=interrupted))
+        conversation = reply.conversation.answered(answer, interrupted=stopped)
+        forgotten = self.forgotten + reply.dropped
+        queued = tuple(image for image in self.queued if asked and image not in asked.images)
+        # In one go: no call stands between these, so that no Ctrl-C can leave half of it.
+        self.unanswered, self.queued = None, queued
+        self._conversation, self.forgotten = conversation, forgotten
+        self._changed()
 
     def _set(self, conversation: Conversation) -> None:
         self._conversation = conversation
@@ -251,6 +273,10 @@ def fit(conversation: Conversation, backend: Backend, budget: int) -> tuple[Conv
         kept = kept.without_oldest_turn()
     turns = len(conversation.turns) - len(kept.turns)
     return kept, Trimmed(turns, size.tokens - tokens, tuple(dropped_images))
+
+
+def _images_of(turns: tuple[Turn, ...]) -> set[Image]:
+    return {image for turn in turns for image in turn.user.images}
 
 
 def _without_turns(conversation: Conversation) -> Conversation:

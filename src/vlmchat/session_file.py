@@ -71,7 +71,7 @@ def capture(session: ChatSession, *, name: str, model: str, created: str, now: s
 def resume(
     saved: SavedSession, backend: Backend, params: SamplingParams | None = None
 ) -> ChatSession:
-    """A session that goes on from there; the pictures of an unanswered question wait again.
+    """A session that goes on from there; new pictures of an unanswered question wait again.
 
     Raises ConfigError when the parameters leave no room in this backend's context.
     """
@@ -79,7 +79,8 @@ def resume(
         backend, params or saved.params, saved.conversation, forgotten=saved.forgotten
     )
     asked = saved.unanswered.images if saved.unanswered else ()
-    session.queued = tuple(dict.fromkeys((*saved.queued, *asked)))
+    new = (image for image in asked if image not in saved.conversation.images)
+    session.queued = tuple(dict.fromkeys((*saved.queued, *new)))
     session.unanswered = saved.unanswered
     return session
 

@@ -69,9 +69,7 @@ class SessionStore:
 
     def load(self, name: str) -> SavedSession:
         """The session of that name; pictures that are gone are in its `lost`."""
-        path = self._path(name)
-        if not path.exists():
-            raise SessionError(f"there is no session {name}; /sessions lists them ({path})")
+        path = self._existing(name)
         return _parse(path, lambda value: self._stored_picture)
 
     def exists(self, name: str) -> bool:
@@ -80,23 +78,26 @@ class SessionStore:
 
     def latest(self) -> str | None:
         """The name of the session that was written last."""
-        paths = sorted(self._sessions.glob("*.json"), key=_modified)
-        return paths[-1].stem if paths else None
+        return next(iter(self.names()), None)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all sessions, the newest first; no file is opened."""
+        paths = sorted(self._sessions.glob("*.json"), key=_modified, reverse=True)
+        return tuple(path.stem for path in paths)
 
     def list(self) -> tuple[Entry, ...]:
         """All sessions, the newest first."""
-        paths = sorted(self._sessions.glob("*.json"), key=_modified, reverse=True)
-        return tuple(_entry(path) for path in paths)
+        return tuple(_entry(self._sessions / f"{name}.json") for name in self.names())
 
     def delete(self, name: str) -> None:
         """Delete the session, unless it is open, and the pictures that no other one has."""
-        path = self._path(name)
+        path = self._existing(name)
         with self.hold(name), _told(path), self._writing():
             path.unlink()
-            path.with_suffix(".lock").unlink()
-            used = "".join(other.read_text("utf-8") for other in self._sessions.glob("*.json"))
+            path.with_suffix(".lock").unlink(missing_ok=True)
+            used = b"".join(other.read_bytes() for other in self._sessions.glob("*.json"))
             for blob in self._blobs.iterdir():
-                if blob.name not in used:
+                if blob.name.encode() not in used:
                     blob.unlink()
 
     def new_name(self, question: str) -> str:
@@ -109,19 +110,25 @@ class SessionStore:
             name = f"{base}-{count}"
         return name
 
-    def hold(self, name: str) -> IO[str]:
-        """Keep other processes from writing that session until the result is closed."""
+    def hold(self, name: str) -> contextlib.ExitStack:
+        """Keep other processes from writing that session until the result is closed.
+
+        It holds nothing where no lock can be made: nobody saves there, and who tries is told why.
+        """
         path = self._path(name).with_suffix(".lock")
-        with _told(path):
+        held = contextlib.ExitStack()
+        try:
             self._make_folders()
-            lock = _open_private(path)
-            if not _lock(lock, wait=False):
-                lock.close()
-                raise SessionError(
-                    f"session {name} is open in another vlmchat; close it, "
-                    "or choose another name with --session"
-                )
-            return lock
+            lock = held.enter_context(_open_private(path))
+        except OSError:
+            return held
+        if not _lock(lock, wait=False):
+            held.close()
+            raise SessionError(
+                f"session {name} is open in another vlmchat; close it, "
+                "or choose another name with --session"
+            )
+        return held
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -129,6 +136,12 @@ class SessionStore:
                 f"{name!r} cannot name a session; use up to 80 letters, digits, - _ + and ."
             )
         return self._sessions / f"{name}.json"
+
+    def _existing(self, name: str) -> Path:
+        path = self._path(name)
+        if not path.exists():
+            raise SessionError(f"there is no session {name}; /sessions lists them ({path})")
+        return path
 
     def _stored_picture(self, sha256: str, source: str) -> Image | None:
         if not re.fullmatch("[0-9a-f]{64}", sha256):
@@ -196,8 +209,8 @@ def _model(path: Path) -> str | None:
 class Autosave:
     """The `on_change` hook that saves a session after each change.
 
-    A session without a name gets one at its first question. A failed save is told once, through
-    `warn`, and the chat goes on.
+    A session without a name gets one at its first question. When saving begins to fail, that is
+    told through `warn`, and the chat goes on.  failed: whether the last change is not saved.
     """
 
     def __init__(
@@ -212,10 +225,10 @@ class Autosave:
         self.store = store
         self.model = model
         self.name: str | None = None
+        self.failed = False
         self._warn = warn
         self._created: str | None = None
-        self._lock: IO[str] | None = None
-        self._warned = False
+        self._held = contextlib.ExitStack()
         self.rename(name, created)
 
     def rename(self, name: str | None, created: str | None = None) -> None:
@@ -224,9 +237,9 @@ class Autosave:
         Raises SessionError when another process has that session open.
         """
         if name != self.name:
-            lock = self.store.hold(name) if name is not None else None
+            held = self.store.hold(name) if name is not None else contextlib.ExitStack()
             self.close()
-            self._lock = lock
+            self._held = held
         self.name, self._created = name, created
 
     def saved(self, session: ChatSession) -> SavedSession:
@@ -240,28 +253,30 @@ class Autosave:
             now=now,
         )
 
-    def __call__(self, session: ChatSession) -> None:
-        """Save, if there is anything to save."""
+    def save(self, session: ChatSession) -> None:
+        """Save, if there is anything to save. Raises SessionError."""
         turns = session.conversation.turns
         first = turns[0].user if turns else session.unanswered
-        if self.name is None and first is None:
-            return
-        try:
-            if self.name is None and first is not None:
-                self.rename(self.store.new_name(first.text))
+        if self.name is None and first is not None:
+            self.rename(self.store.new_name(first.text))
+        if self.name is not None:
             saved = self.saved(session)
             self._created = saved.created
             self.store.save(saved)
+        self.failed = False
+
+    def __call__(self, session: ChatSession) -> None:
+        """Save, or warn."""
+        try:
+            self.save(session)
         except SessionError as error:
-            if not self._warned:
+            if not self.failed:
                 self._warn(f"the chat is not being saved: {error}")
-            self._warned = True
+            self.failed = True
 
     def close(self) -> None:
         """Let other processes have the session."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
 
 def _parse(path: Path, pictures_of: Callable[[object], Any]) -> SavedSession:
@@ -356,4 +371,6 @@ def _lock(file: IO[str], *, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except OSError:  # nor on this file system
+        return True
     return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Cli:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """The command line with a scripted model in place of every other."""
     runner = Cli(monkeypatch, capsys)
 
@@ -69,7 +70,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setattr(Engine, "load", load)
     monkeypatch.setattr(runner.backend, "close", lambda: None)  # several runs share it
     monkeypatch.setattr("vlmchat.commands.end_on_signals", lambda: None)
-    return runner
+    yield runner
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

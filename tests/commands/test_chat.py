@@ -18,6 +18,12 @@ def test_chat_prints_the_answer_only_when_stdout_is_no_terminal(cli: Cli, png: s
     assert [image.source for image in cli.backend.seen[0].images] == [png]
 
 
+def test_chat_says_on_stderr_that_an_answer_was_cut(cli: Cli) -> None:
+    run = cli("chat", "-p", "a b c", "--max-new-tokens", "3")
+    assert run.out == "You said: a\n"
+    assert run.err == "(cut at --max-new-tokens 3)\n"
+
+
 def test_chat_asks_one_turn_after_the_other_when_prompts_are_repeated(cli: Cli, png: str) -> None:
     cli.backend.answers = ["one", "two"]
     assert cli("chat", "--image-file", png, "-p", "first", "-p", "second").out == "one\ntwo\n"

@@ -81,17 +81,25 @@ def test_help_lists_every_option_with_its_variable(cli: Cli) -> None:
         pytest.param("vlmchat chat --model-path de", ["demo"], id="model"),
         pytest.param("vlmchat chat --device cu", ["cuda"], id="device"),
         pytest.param("vlmchat chat --dtype fl", ["float32", "float16"], id="dtype"),
+        pytest.param("vlmchat chat --conv-mode vicuna", ["vicuna_v1"], id="conv-mode"),
         pytest.param("vlmchat ch", ["chat"], id="command"),
     ],
 )
 def test_bash_completion_offers_values(words: str, expected: list[str]) -> None:
+    assert _completed(words) == expected
+
+
+def test_bash_completion_offers_sessions(cli: Cli) -> None:
+    cli("chat", "--session", "holiday", "-p", "x")
+    assert _completed("vlmchat chat --session h") == ["holiday"]
+
+
+def _completed(words: str) -> list[str]:
     count = str(len(words.split()) - 1)
     env = {"_VLMCHAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
     command = [sys.executable, "-m", "vlmchat"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | env, check=False
-    )
-    assert done.stdout.split() == expected
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=True)
+    return done.stdout.split()
 
 
 def test_chat_is_quiet_when_the_reader_goes_away(start: Start) -> None:
@@ -125,6 +133,15 @@ def test_chat_ends_with_143_when_terminated(start: Start) -> None:
     assert (process.returncode, err) == (143, b"")
 
 
+def test_config_is_quiet_when_its_reader_has_gone_already() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "vlmchat", "config"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
     with open("/dev/full", "wb") as full:
@@ -132,6 +149,21 @@ def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 74
     assert err == b"vlmchat: no space left on device\n"
+
+
+def test_chat_says_so_when_stdout_is_closed(start: Start) -> None:
+    process = start("chat", "-p", "count", stdout=None, preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (74, b"vlmchat: standard output is closed\n")
+
+
+def test_chat_animates_nothing_when_colours_are_forced_into_files(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    _, err = start("chat", "-p", "hello").communicate(timeout=60)
+    assert err == b""
 
 
 def test_main_reports_a_bug_on_one_line_when_debug_is_off(

@@ -83,6 +83,24 @@ def test_settings_name_the_file_when_typer_refuses_its_value(cli: Cli, config_fi
     assert f"--dtype (set in {path}): 'float8' is not one of" in cli("chat", "-p", "x").err
 
 
+@pytest.mark.parametrize("variable", ["XDG_CONFIG_HOME", "XDG_STATE_HOME"])
+def test_settings_say_what_to_set_when_there_is_no_home(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """In a container, a user without a home met an internal error."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    run = cli("chat", "-p", "x")
+    assert (run.code, run.err) == (
+        2,
+        f"vlmchat: you have no home directory; set HOME or {variable}\n",
+    )
+
+
 def test_help_is_shown_when_the_config_file_is_broken(cli: Cli, config_file: Write) -> None:
     config_file("seed = ")
     assert cli("chat", "--help").code == 0

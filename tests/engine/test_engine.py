@@ -145,6 +145,25 @@ def test_engine_cancels_a_stream_that_still_waits(engine: Engine) -> None:
     assert [text_of(list(stream)) for stream in running] == ["one two three"] * 2
 
 
+def test_engine_stops_a_stream_that_nobody_holds_any_more(engine: Engine) -> None:
+    """Ctrl-C between asking and reading left an answer running, and the next one waiting for it."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(kind: str) -> None:
+        reached.set()
+        go_on.wait(10)
+
+    runner_of(engine).before_step = wait
+    stream = engine.stream(QUESTION, GREEDY)
+    sequence = stream.sequence
+    assert reached.wait(10)
+    del stream
+    go_on.set()
+    list(engine.stream(QUESTION, GREEDY))
+    assert sequence.finished
+    assert len(sequence.tokens) == 1
+
+
 @pytest.mark.parametrize("failing", ["prefill", "decode"])
 def test_engine_fails_one_turn_and_lives_when_memory_runs_out(engine: Engine, failing: str) -> None:
     def fail(kind: str) -> None:

@@ -40,7 +40,6 @@ class Conversations(RuleBasedStateMachine):
     def finish(self, reply: Reply, stop_after: int | None = None) -> None:
         stream = reply._stream
         assert isinstance(stream, EngineStream)
-        assert stream.sequence is not None
         try:
             with reply:
                 for count, _ in enumerate(reply):
@@ -109,9 +108,7 @@ def run(directory: Path, context_length: int | None, how: settings) -> None:
     )
     Conversations.reference = Reference(directory)
     machine = Conversations.TestCase
-    machine.settings = settings(
-        how, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
+    machine.settings = settings(how, suppress_health_check=list(HealthCheck), derandomize=True)
     try:
         machine("runTest").runTest()
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.pictures import noise_image
@@ -16,6 +17,7 @@ from tests.tiny import make_tiny_llava
 from vlmchat.config import ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine
+from vlmchat.engine.loader import load_model
 from vlmchat.errors import (
     CheckpointError,
     ConfigError,
@@ -70,6 +72,16 @@ def test_quantised_model_answers_on_a_cpu(tiny: Path, quantization: str) -> None
     assert answer(ModelConfig(str(tiny), device="cpu", quantization=quantization))
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_model_keeps_all_other_weights_in_the_dtype(
+    tiny: Path, quantization: str
+) -> None:
+    config = ModelConfig(str(tiny), device="cpu", dtype="bfloat16", quantization=quantization)
+    model = load_model(config, lambda stage: None).model
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert model.model.language_model.rotary_emb.inv_freq.dtype is torch.float32
+
+
 def test_conv_mode_replaces_the_checkpoints_template(tiny: Path) -> None:
     engine = Engine.load(ModelConfig(str(tiny), device="cpu", conv_mode="chatml_direct"))
     prompt = engine.render(Conversation().ask("what is it", (noise_image(1),)))
@@ -97,6 +109,17 @@ def test_load_says_what_a_missing_directory_is() -> None:
 
 def test_load_refuses_a_directory_without_a_config(tmp_path: Path) -> None:
     assert isinstance(load_error(ModelConfig(str(tmp_path))), ModelNotFound)
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_load_refuses_an_empty_name(path: str) -> None:
+    """It took the directory that it was started in."""
+    assert "--model-path is empty" in load_error(ModelConfig(path)).message
+
+
+def test_load_takes_the_home_of_an_unknown_user_for_a_missing_directory() -> None:
+    """It was told as an internal error."""
+    assert "no model at ~nosuchuser/m" in load_error(ModelConfig("~nosuchuser/m")).message
 
 
 def test_load_refuses_a_file(copy: Path) -> None:
@@ -145,6 +168,27 @@ def test_load_refuses_a_truncated_weight_file(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_refuses_a_weight_file_that_is_cut_off_behind_its_header(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_refuses_a_config_with_a_value_of_a_wrong_kind(copy: Path) -> None:
+    edit_config(copy, image_token_index="<image>")
+    assert isinstance(load_error(ModelConfig(str(copy))), CheckpointError)
+
+
+def test_load_says_so_when_memory_runs_out_meanwhile(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
+
+    monkeypatch.setattr("vlmchat.engine.assemble._place", place)
+    assert isinstance(load_error(ModelConfig(str(tiny), device="cpu")), OutOfMemory)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

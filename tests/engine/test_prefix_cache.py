@@ -23,14 +23,11 @@ def test_prefix_cache_leaves_the_last_token_to_compute() -> None:
 
 def test_prefix_cache_takes_the_least_recently_used_slot_when_none_matches() -> None:
     cache = PrefixCache(3)
-    for slot, tokens in enumerate(([1, 1], [2, 2], [3, 3])):
-        cache.acquire(tokens)
-        cache.release(slot, tokens)
-    lease = cache.acquire([9, 9])
-    assert lease is not None
-    assert lease == Lease(slot=lease.slot, num_cached=0)
-    cache.release(lease.slot, [9, 9])
-    assert cache.acquire([8, 8]) != lease
+    for _ in range(3):
+        cache.acquire([0])
+    for slot in (1, 0, 2):
+        cache.release(slot, [slot + 1, 0])
+    assert cache.acquire([9, 9]) == Lease(slot=1, num_cached=0)
 
 
 def test_prefix_cache_has_nothing_when_all_slots_are_busy() -> None:

@@ -15,7 +15,7 @@ from vlmchat.conversation import Conversation
 from vlmchat.engine.processor import Processor
 from vlmchat.engine.spec import read_spec
 from vlmchat.engine.templates import ConversationTemplate
-from vlmchat.errors import InvalidRequest, UnsupportedModel
+from vlmchat.errors import InvalidRequest, UnsupportedModel, VlmchatError
 
 A, B = noise_image(1), noise_image(2)
 ONE_TURN = Conversation(system="Be kind.").ask("what is it", (A,)).answered("a thing")
@@ -89,7 +89,7 @@ def test_each_picture_is_processed_once_in_a_conversation(reference: Reference) 
     ("template", "error", "message"),
     [
         ("{{ raise_exception('no system prompt') }}", InvalidRequest, "no system prompt"),
-        ("{{ messages[0].role }}", UnsupportedModel, "places 0 pictures of 3"),
+        ("{{ messages[0].role }}", UnsupportedModel, "shows 0 of 3 pictures"),
     ],
     ids=["refuses", "forgets-pictures"],
 )
@@ -125,6 +125,31 @@ def test_resume_point_never_lies_inside_a_picture(processor: Processor) -> None:
         start,
         stop,
     ]
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        pytest.param("{{ raise_exception('no system role') }}", InvalidRequest, id="refuses"),
+        pytest.param("{{ 'USER: ' + messages[0].content }}", InvalidRequest, id="wants-strings"),
+        pytest.param("USER: hello", UnsupportedModel, id="leaves-pictures-out"),
+    ],
+)
+def test_processor_says_what_a_checkpoints_template_cannot(
+    processor: Processor, template: str, error: type[VlmchatError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "_jinja", template)
+    with pytest.raises(error, match="--conv-mode takes another template"):
+        processor.count(Conversation().ask("what", (A,)))
+
+
+def test_count_processes_no_picture_twice_however_many_there_are(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation().ask("what", tuple(noise_image(seed) for seed in range(20)))
+    processor.count(conversation)
+    monkeypatch.setattr(processor, "_process", lambda image: pytest.fail("processed again"))
+    assert processor.count(conversation).image_tokens == 80
 
 
 def test_count_of_an_empty_conversation_is_zero(processor: Processor) -> None:

@@ -21,6 +21,11 @@ def test_sampler_takes_the_best_token_at_temperature_zero() -> None:
     assert set(draws(SamplingParams(temperature=0), 3)) == {1}
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+def test_sampler_draws_the_best_token_at_a_tiny_temperature(temperature: float) -> None:
+    assert set(draws(SamplingParams(temperature), 3)) == {1}
+
+
 def test_sampler_repeats_itself_with_the_same_seed_and_not_with_another() -> None:
     first, again, other = (draws(SamplingParams(1.0, seed=seed)) for seed in (7, 7, 8))
     assert first == again != other

@@ -60,4 +60,5 @@ def main() -> None:
     arguments = sys.argv[1:]
     end_on_signals()
     with reporting(as_json="--json" in arguments, debug="--debug" in arguments):
-        sys.exit(command().main(arguments, prog_name="vlmchat", standalone_mode=False))
+        code = command().main(arguments, prog_name="vlmchat", standalone_mode=False)
+    sys.exit(code)

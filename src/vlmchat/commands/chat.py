@@ -6,11 +6,15 @@ one begins. Everything heavy is imported inside functions.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -33,9 +37,11 @@ if TYPE_CHECKING:
 
     from vlmchat.config import ModelConfig
     from vlmchat.engine.engine import Engine
-    from vlmchat.output import Printer
+    from vlmchat.output import JsonPrinter, TextPrinter
     from vlmchat.request import Status
     from vlmchat.session import ChatSession, Reply
+
+    AnyPrinter = TypeVar("AnyPrinter", TextPrinter, JsonPrinter)
 
 
 def chat(
@@ -67,75 +73,122 @@ def chat(
         saved = sessions.find(asked, store)
         if saved is not None and "model_path" not in given(ctx):
             config = replace(config, path=saved.model)
+        kept = questions is None or asked.session or asked.resume
+        autosave = sessions.autosave(asked, store, saved, config.path) if kept else None
         with closing(load(config, err, debug=output.debug)) as engine:
             session = sessions.begin(engine, params, asked.system, saved, given(ctx))
+            session.on_change = autosave
             for picture in pictures:
                 session.attach(picture)
-            printer = make_printer(output, out, err, engine)
+            if questions is not None and saved is not None:
+                sessions.tell_lost(saved)
             if questions is None:
-                raise NotImplementedError
-            ask_all(session, questions, printer)
+                from vlmchat.repl import Repl
+
+                printer = text_printer(output, out, out, engine, stats=True)
+                history = state_path() / "history"
+                Repl(session, loader, printer, autosave, out, os.environ, history).run(saved)
+            elif output.as_json:
+                ask_all(session, questions, json_printer(output, engine))
+            else:
+                show = partial(show_question, out, err, session)
+                printer = text_printer(output, out, err, engine, stats=_somebody_watches())
+                ask_all(session, questions, printer, show)
 
 
 def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
     """The engine with its model; its stages are shown on `err` while they last."""
-    with err.status("starting", spinner="dots") as status:
-        if not debug:
-            warnings.simplefilter("ignore")  # libraries' words to developers
+    if debug:
+        logging.getLogger("vlmchat").setLevel(logging.DEBUG)
+        logging.basicConfig(format="%(name)s: %(message)s")
+    else:
+        warnings.simplefilter("ignore")  # libraries' words to developers
+        logging.disable(logging.WARNING)
+    from rich.markup import escape
 
-        def show(stage: str) -> None:
-            if stage.startswith("downloading"):  # the hub's client draws bars of its own
-                status.stop()
-                err.print(stage, markup=False)
-            else:
-                status.update(escape(stage))
-                status.start()
+    status = err.status("starting")
 
-        from rich.markup import escape
+    def show(stage: str) -> None:
+        if stage.startswith("downloading"):  # the hub's client draws bars of its own
+            status.stop()
+            err.print(stage, markup=False)
+        elif _somebody_watches():
+            status.update(escape(stage))
+            status.start()
 
+    show("starting")
+    try:
         from vlmchat.engine.engine import Engine
 
         return Engine.load(config, show)
+    finally:
+        status.stop()
 
 
-def make_printer(output: OutputOptions, out: Console, err: Console, engine: Engine) -> Printer:
-    """JSON or text, followed by the rendered prompt where --debug asks for it."""
-    from vlmchat.output import JsonPrinter, TextPrinter
-
-    printer: Printer
-    if output.as_json:
-        printer = JsonPrinter(sys.stdout, stream_deltas=output.stream)
-    else:
-        printer = TextPrinter(out, err, markdown=output.markdown, stats=err.is_terminal)
-    return _PromptPrinter(printer, engine) if output.debug else printer
+def _somebody_watches() -> bool:
+    """Whether stderr is a terminal in fact: colours may be forced into a file."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
-class _PromptPrinter:
-    """After each answer, the prompt as the model saw it, on stderr."""
+def text_printer(
+    output: OutputOptions, out: Console, err: Console, engine: Engine, *, stats: bool
+) -> TextPrinter:
+    """Prints answers for people."""
+    from vlmchat.output import TextPrinter
 
-    def __init__(self, printer: Printer, engine: Engine) -> None:
-        self._printer = printer
-        self._engine = engine
-
-    def answer(self, reply: Reply, status: Status) -> None:
-        """See `Printer.answer`."""
-        try:
-            self._printer.answer(reply, status)
-        finally:
-            print(self._engine.render(reply.conversation), file=sys.stderr)
+    printer = TextPrinter(out, err, markdown=output.markdown, stats=stats)
+    return _with_prompt(printer, engine) if output.debug else printer
 
 
-def ask_all(session: ChatSession, questions: tuple[str, ...], printer: Printer) -> None:
+def json_printer(output: OutputOptions, engine: Engine) -> JsonPrinter:
+    """Prints answers for programs."""
+    from vlmchat.output import JsonPrinter
+
+    printer = JsonPrinter(sys.stdout, stream_deltas=output.stream)
+    return _with_prompt(printer, engine) if output.debug else printer
+
+
+def _with_prompt(printer: AnyPrinter, engine: Engine) -> AnyPrinter:
+    """The printer; after each answer it shows the prompt, as the model saw it, on stderr."""
+    answer = printer.answer
+
+    def answer_and_prompt(reply: Reply, status: Status) -> None:
+        answer(reply, status)
+        print(engine.render(reply.conversation), file=sys.stderr)
+
+    printer.answer = answer_and_prompt  # type: ignore[method-assign]
+    return printer
+
+
+def ask_all(
+    session: ChatSession,
+    questions: tuple[str, ...],
+    printer: TextPrinter | JsonPrinter,
+    before: Callable[[str], None] = lambda question: None,
+) -> None:
     """One turn for each question. Ctrl-C ends the run once what was said is out."""
     from vlmchat.ctrl_c import CtrlC
 
     for question in questions:
+        before(question)
         with CtrlC() as ctrl_c:
             reply = session.ask(question)
             ctrl_c.stops(reply)
             printer.answer(reply, session.backend.status())
         if reply.finish_reason is FinishReason.CANCELLED:
             raise KeyboardInterrupt
+
+
+def show_question(out: Console, err: Console, session: ChatSession, question: str) -> None:
+    """At a terminal: the pictures that go with the question, and the question."""
+    from rich.text import Text
+
+    from vlmchat.terminal_image import show
+
+    if out.is_terminal and _somebody_watches():
+        for picture in session.queued:
+            show(picture, err, os.environ)
+        err.print(Text(f"> {question}", "bold"))
 
 
 def read_questions(asked: ChatOptions, output: OutputOptions) -> tuple[str, ...] | None:

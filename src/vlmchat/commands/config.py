@@ -6,11 +6,12 @@ Parses an empty `vlmchat chat` command line, so that it tells exactly what chat 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vlmchat.commands.exit import reporting
 from vlmchat.commands.settings import Setting, read_aliases, settings
 
 
@@ -23,25 +24,25 @@ def config(
     The output is a settings file in TOML; what is commented out is not set.
     """
     root: Any = ctx.parent
-    path, values = settings(root.command.commands["chat"], root)
-    aliases = read_aliases(path) if path.exists() else {}
-    if as_json:
-        shown = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
-        shown["settings"] = {
-            s.key: {k: v for k, v in asdict(s).items() if k != "key"} for s in values
-        }
-        shown["models"] = aliases
-        print(json.dumps(shown, ensure_ascii=False))
-        return
-    print(f"# settings file: {path}" + ("" if path.exists() else " (there is none)"))
+    with reporting(as_json=as_json, debug=False):
+        path, values = settings(root.command.commands["chat"], root)
+        aliases = read_aliases(path) if path.exists() else {}
+        print(_json(path, values, aliases) if as_json else _text(path, values, aliases))
+
+
+def _json(path: Path, values: list[Setting], aliases: dict[str, str]) -> str:
+    shown = {s.key: {"value": s.value, "origin": s.origin, "place": s.place} for s in values}
+    head = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
+    return json.dumps({**head, "settings": shown, "models": aliases}, ensure_ascii=False)
+
+
+def _text(path: Path, values: list[Setting], aliases: dict[str, str]) -> str:
     lines = [(_toml(setting), setting.place or setting.origin) for setting in values]
     width = max(len(line) for line, _ in lines)
-    for line, origin in lines:
-        print(f"{line:{width}}  # {origin}")
-    if aliases:
-        print("\n[models]")
-    for name, model in aliases.items():
-        print(f"{json.dumps(name)} = {json.dumps(model, ensure_ascii=False)}")
+    head = f"# settings file: {path}" + ("" if path.exists() else " (there is none)")
+    named = [f"{json.dumps(a)} = {json.dumps(m, ensure_ascii=False)}" for a, m in aliases.items()]
+    table = ["", "[models]", *named] if named else []
+    return "\n".join([head, *(f"{line:{width}}  # {origin}" for line, origin in lines), *table])
 
 
 def _toml(setting: Setting) -> str:

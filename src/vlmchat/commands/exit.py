@@ -1,11 +1,12 @@
 """How a command ends: one line on stderr (or one JSON object) and an exit code.
 
-`commands.main` and each command wrap what they do in `reporting`. Nothing below raises
-SystemExit, nothing above sees any other exception.
+`commands.main` and each command wrap what they do in `reporting`: above it there is no exception
+but SystemExit, which nothing below it raises but a signal.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -35,9 +36,10 @@ OTHER_EXITS = {
 def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Turn whatever is raised inside into a report on stderr and SystemExit."""
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         _drop_stdout()
         raise SystemExit(OTHER_EXITS["broken_pipe"][0]) from None
@@ -45,13 +47,13 @@ def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
         if debug and not isinstance(error, KeyboardInterrupt | typer.TyperException):
             traceback.print_exc()
         code, message, exit_code = describe(error)
+        message = " ".join(message.split())
         if isinstance(error, OSError):
             _drop_stdout()  # or the interpreter fails to flush it once more, aloud
-        if as_json:
-            report = {"error": {"code": code, "message": message, "exit_code": exit_code}}
-            print(json.dumps(report, ensure_ascii=False), file=sys.stderr, flush=True)
-        else:
-            print(f"vlmchat: {message}", file=sys.stderr, flush=True)
+        report = {"error": {"code": code, "message": message, "exit_code": exit_code}}
+        line = json.dumps(report, ensure_ascii=False) if as_json else f"vlmchat: {message}"
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
         raise SystemExit(exit_code) from None
 
 
@@ -77,22 +79,22 @@ def describe(error: BaseException) -> tuple[str, str, int]:
 def _usage_message(error: Any) -> str:
     """Typer's words on one line, with the option, where its value came from, and where help is."""
     ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    if ctx is None:
-        return str(error.format_message())
-    if param is None:
-        message = " ".join(error.format_message().split())
+    if ctx is None or param is None:
+        message = error.format_message()
     else:
         source = ctx.get_parameter_source(param.name)
         places = {"ENVIRONMENT": param.envvar, "DEFAULT_MAP": ctx.params.get("config")}
         place = places.get(source.name) if source else None
         origin = f" (set in {place})" if place else ""
         message = f"{param.opts[0]}{origin}: {error.message.removeprefix('Value error, ')}"
-    return f"{message[:1].lower()}{message[1:].rstrip('.')}; see '{ctx.command_path} --help'"
+    message = message[:1].lower() + message[1:].rstrip(".")
+    return f"{message}; see '{ctx.command_path if ctx else 'vlmchat'} --help'"
 
 
 def _drop_stdout() -> None:
     """Point stdout at nothing, so that flushing it at exit cannot fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_on_signals() -> None:

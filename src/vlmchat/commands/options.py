@@ -2,7 +2,7 @@
 
 A command takes whole groups (`model: ModelOptions`); `grouped` unfolds them into single options
 for Typer and folds the values back. Each option gets the environment variable named after it.
-Reads nothing itself and imports nothing heavy.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import typer
 from typer.core import TyperCommand
 
-from vlmchat.commands.settings import model_alias, read_aliases, read_config
+from vlmchat.commands.settings import model_alias, read_aliases, read_config, state_path
 from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
 from vlmchat.errors import ConfigError
 from vlmchat.request import SamplingParams
@@ -65,9 +65,10 @@ def _parameter(group: Any, field: Any, kind: Any, declared: Any) -> Parameter:
         option.show_default = False
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
-    default = Parameter.empty if field.default is MISSING else field.default
     annotation = Annotated[kind, option]
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return Parameter(
+        field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+    )
 
 
 class GroupedCommand(TyperCommand):
@@ -108,6 +109,16 @@ def complete_model(incomplete: str) -> list[str]:
         aliases = {}
     names = (*aliases, DEMO_MODEL, DEFAULT_MODEL)
     return [*(name for name in names if name.startswith(incomplete)), *sorted(found)]
+
+
+def _complete_conv_mode(incomplete: str) -> list[str]:
+    from vlmchat.engine.templates import TEMPLATE_NAMES
+
+    return [name for name in TEMPLATE_NAMES if name.startswith(incomplete)]
+
+
+def _complete_session(incomplete: str) -> list[str]:
+    return sorted(file.stem for file in (state_path() / "sessions").glob(f"{incomplete}*.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +202,8 @@ class ModelOptions:
         typer.Option(
             "--conv-mode",
             metavar="NAME",
-            help="Prompt format of an original LLaVA checkpoint; unset: the checkpoint's own.",
+            help="One of LLaVA's prompt formats; unset: the checkpoint's own.",
+            autocompletion=_complete_conv_mode,
         ),
     ] = None
 
@@ -312,7 +324,12 @@ class ChatOptions:
     ] = None
     session: Annotated[
         str | None,
-        typer.Option("--session", metavar="NAME", help="Resume or begin the session of that name."),
+        typer.Option(
+            "--session",
+            metavar="NAME",
+            help="Resume or begin the session of that name.",
+            autocompletion=_complete_session,
+        ),
     ] = None
     resume: Annotated[
         bool, typer.Option("--continue/--no-continue", help="Resume the last session.")

@@ -5,10 +5,14 @@ Called by `chat`, before the model is loaded (to fail early) and after.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmchat.commands.options import ChatOptions
+from vlmchat.config import DEMO_MODEL
 from vlmchat.conversation import Conversation
 from vlmchat.errors import SessionError
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
     from vlmchat.request import Backend, SamplingParams
     from vlmchat.session import ChatSession
     from vlmchat.session_file import SavedSession
-    from vlmchat.store import SessionStore
+    from vlmchat.store import Autosave, SessionStore
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
 
@@ -29,6 +33,28 @@ def find(asked: ChatOptions, store: SessionStore) -> SavedSession | None:
     if name is None or not (asked.resume or store.exists(name)):
         return None
     return replace(store.load(name), name=name)
+
+
+def autosave(
+    asked: ChatOptions, store: SessionStore, saved: SavedSession | None, model: str
+) -> Autosave:
+    """Whoever saves the chat. Raises SessionError when another process has the session open."""
+    from vlmchat.store import Autosave
+
+    path = Path(os.path.expanduser(model))
+    model = str(path.absolute()) if model != DEMO_MODEL and path.is_dir() else model
+    name, created = (saved.name, saved.created) if saved else (asked.session, None)
+    return Autosave(store, model, _warn, name, created)
+
+
+def _warn(message: str) -> None:
+    print(f"vlmchat: {message}", file=sys.stderr)
+
+
+def tell_lost(saved: SavedSession) -> None:
+    """Say which pictures of the session are gone."""
+    for source in saved.lost:
+        _warn(f"the picture {source} of this session is gone; the chat goes on without it")
 
 
 def begin(

@@ -34,7 +34,12 @@ def state_path() -> Path:
 
 def _xdg(variable: str, fallback: str) -> Path:
     folder = Path(os.environ.get(variable, ""))
-    return (folder if folder.is_absolute() else Path.home() / fallback) / "vlmchat"
+    if not folder.is_absolute():
+        try:
+            folder = Path.home() / fallback
+        except RuntimeError:
+            raise ConfigError(f"you have no home directory; set HOME or {variable}") from None
+    return folder / "vlmchat"
 
 
 def read_config(ctx: typer.Context, value: Path | None) -> Path:

@@ -29,16 +29,12 @@ if TYPE_CHECKING:
 
 
 class EngineStream:
-    """One answer on its way out of the engine."""
+    """One answer on its way out of the engine. Once nobody holds it any more, it is cancelled."""
 
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
+    def __init__(self, sequence: Sequence, items: queue.SimpleQueue[Delta | Exception]) -> None:
+        self.sequence = sequence
+        self._items = items
         self._over = False
-        self.sequence: Sequence | None = None
-
-    def put(self, item: Delta | Exception) -> None:
-        """From the engine's thread: the next piece, or what went wrong."""
-        self._items.put(item)
 
     def __iter__(self) -> Iterator[Delta]:
         return self
@@ -53,10 +49,13 @@ class EngineStream:
         self._over = item.finish_reason is not None
         return item
 
+    def __del__(self) -> None:
+        # Ctrl-C can land between any two lines of whoever asked, also before their `with`.
+        self.cancel()
+
     def cancel(self) -> None:
         """See `Stream.cancel`."""
-        if self.sequence is not None:
-            self.sequence.cancelled = True
+        self.sequence.cancelled = True
 
 
 class Engine:
@@ -111,12 +110,13 @@ class Engine:
         limit = self._status.context_length - params.max_new_tokens
         if len(prompt.ids) > limit:
             raise PromptTooLong(len(prompt.ids), limit, prompt.num_image_tokens)
-        stream = EngineStream()
         stop = params.stop + self._processor.stop
         detokenizer = Detokenizer(self._processor.tokenizer, stop)
-        sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, stream.put)
+        # The sequence knows the queue, not the stream: only the caller holds that.
+        items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
+        sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, items.put)
         sequence.sampler_state = self._make_sampler(params)
-        stream.sequence = sequence
+        stream = EngineStream(sequence, items)
         with self._wake:
             if self._dead is not None:
                 raise self._dead

@@ -60,6 +60,8 @@ def find_checkpoint(
     """
     if path == DEMO_MODEL:
         return Path(str(files("vlmchat.demo") / "model"))
+    if not path.strip():
+        raise ModelNotFound("--model-path is empty; give 'demo', a directory or a hub id")
     directory = _expanded(path)
     if directory.is_dir():
         if not any((directory / name).is_file() for name in CONFIGS):

@@ -24,13 +24,14 @@ from vlmchat.engine.checkpoint import Layout, layout_of
 from vlmchat.engine.hf_checkpoint import open_hugging_face
 from vlmchat.engine.hub import find_checkpoint, read_config
 from vlmchat.engine.llava import is_original
-from vlmchat.engine.memory import check_memory
+from vlmchat.engine.memory import check_memory, memory_errors
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
 from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
 from vlmchat.request import Status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ADVICE = "out of memory while loading; use --load-4bit or a smaller model"
 
 # Checkpoints as LLaVA's own code writes them.
 ORIGINALS = (Layout.ORIGINAL, Layout.ORIGINAL_LORA, Layout.PROJECTOR_ONLY)
@@ -68,7 +69,8 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
-    assemble(opened.model, opened.tensors, precision, config.path, counter)
+    with memory_errors(_ADVICE):
+        assemble(opened.model, opened.tensors, precision, config.path, counter)
     return _finish(config, opened, chosen, precision, started)
 
 

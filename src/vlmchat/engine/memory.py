@@ -1,10 +1,14 @@
-"""How much memory a model needs, and whether the machine has it: asked before weights are read.
+"""How much memory a model needs, whether the machine has it, and what torch says if not.
 
-Called by the loader with a model on the meta device, whose shapes are all known.
+The loader asks, with a model on the meta device whose shapes are all known, before it reads any
+weight; loader and runner wrap what may still run out of memory.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -13,6 +17,9 @@ import torch
 from vlmchat.engine.assemble import Precision
 from vlmchat.engine.weights import HEADROOM, QUANTIZED_BYTES, is_linear, needed_bytes
 from vlmchat.errors import OutOfMemory
+
+# torch has a class of its own for CUDA only: its CPU allocator, Metal and cuBLAS say it in words.
+_OUT_OF_MEMORY = re.compile("allocate memory|not enough memory|out of memory|ALLOC_FAILED")
 
 
 def check_memory(model: Any, precision: Precision) -> float:
@@ -33,6 +40,17 @@ def check_memory(model: Any, precision: Precision) -> float:
             f"{free / 1e9:.1f} GB are free; {advice}choose a smaller model"
         )
     return needed
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Turn every way in which Python and torch run out of memory into OutOfMemory(message)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise OutOfMemory(message) from error
 
 
 def _free_bytes(device: torch.device) -> float:

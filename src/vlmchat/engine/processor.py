@@ -108,12 +108,15 @@ class Processor:
                 add_generation_prompt=conversation.pending is not None,
                 tokenize=False,
             )
-        except TemplateError as error:  # by its own raise_exception(…), or by a mistake in it
-            raise InvalidRequest(f"the chat template refuses this conversation: {error}") from error
+        except (TemplateError, TypeError) as error:  # by raise_exception(…), or by a mistake in it
+            raise InvalidRequest(
+                f"the model's chat template refuses this conversation: {error}; "
+                "--conv-mode takes another template"
+            ) from error
         if (placed := text.count(self._marker)) != len(conversation.images):
             raise UnsupportedModel(
-                f"the chat template places {placed} pictures of {len(conversation.images)}; "
-                "choose another by --conv-mode"
+                f"the model's chat template shows {placed} of {len(conversation.images)} pictures; "
+                "--conv-mode takes another template"
             )
         return text
 

@@ -7,17 +7,21 @@ Called from the engine's thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
 
+from vlmchat.engine.memory import memory_errors
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import BothWays, ModelSpec
 from vlmchat.engine.vision import VisionCache
-from vlmchat.errors import OutOfMemory
+
+_ADVICE = (
+    "out of memory during the answer; start a shorter conversation (/clear), "
+    "or use --context-length, --load-4bit or a smaller model"
+)
 
 
 class Runner(Protocol):
@@ -51,7 +55,7 @@ class EagerRunner:
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Prompt, start: int) -> torch.Tensor:
         """See `Runner.prefill`. Keys and values past `start` are discarded first."""
-        with memory_errors():
+        with memory_errors(_ADVICE):
             self._cut(slot, start)
             inputs: dict[str, Any] = {"input_ids": self._row(prompt.ids[start:])}
             spans = [span for span in prompt.images if span.start >= start]
@@ -66,7 +70,7 @@ class EagerRunner:
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """See `Runner.decode`."""
-        with memory_errors():
+        with memory_errors(_ADVICE):
             rows = [self._decode_one(s, t) for s, t in zip(slots, tokens, strict=True)]
             return torch.stack(rows)
 
@@ -117,23 +121,3 @@ class EagerRunner:
             ids, mm_token_type_ids=types, image_grid_thw=torch.cat(grids).to(ids.device)
         )
         return torch.cat([text, grid]), int(delta)
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn torch's ways of saying that memory has run out into OutOfMemory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory() from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's CPU allocator has no own class
-            raise
-        raise _out_of_memory() from error
-
-
-def _out_of_memory() -> OutOfMemory:
-    return OutOfMemory(
-        "out of memory during the answer; start a shorter conversation (/clear), "
-        "or use --context-length, --load-4bit or a smaller model"
-    )

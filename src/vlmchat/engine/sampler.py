@@ -25,7 +25,9 @@ class Sampler:
         """logits: [vocabulary], any dtype and device. Greedy takes the first of equals."""
         if self._params.temperature == 0:
             return int(logits.argmax())
-        scores = logits.float().cpu() / self._params.temperature
+        # The best one becomes 0, in double: no temperature, however small, makes it infinite.
+        scores = logits.cpu().double()
+        scores = (scores - scores.max()) / self._params.temperature
         scores = self._top_p(self._top_k(scores))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 

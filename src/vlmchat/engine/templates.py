@@ -1,6 +1,6 @@
 """LLaVA's conversation templates under their names, each as one Jinja text for transformers.
 
-The loader asks for one when `--conv-mode` names it, or by the checkpoint's name as a last resort.
+The loader asks for one when `--conv-mode` names it.
 The formats are the table below; `templates/llava.jinja` renders them all. Knows no tokenizer.
 """
 
