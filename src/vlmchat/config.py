@@ -48,6 +48,7 @@ def sampling_params(
     max_new_tokens: int = 512,
     seed: int | None = None,
     stop: tuple[str, ...] = (),
+    logprobs: int | None = None,
 ) -> SamplingParams:
     """SamplingParams with every value checked; ConfigError names the option that is wrong."""
     if not 0.0 <= temperature <= 100.0:
@@ -62,4 +63,6 @@ def sampling_params(
         raise ConfigError(f"--seed is {seed}; it must be between 0 and 2^63 - 1")
     if any(not string for string in stop):
         raise ConfigError("--stop is empty; give the text that ends an answer")
-    return SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, stop)
+    if logprobs is not None and logprobs < 0:
+        raise ConfigError(f"--logprobs is {logprobs}; it must be 0 or more")
+    return SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, stop, logprobs)

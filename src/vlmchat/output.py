@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
@@ -190,6 +191,7 @@ class JsonPrinter:
 def answer_json(reply: Reply, status: Status) -> dict[str, Any]:
     """The answer object of schema 1; counts that nobody knows are null."""
     usage, timings, trimmed = reply.usage, reply.timings, reply.trimmed
+    tokens = {"tokens": [asdict(token) for token in reply.tokens]} if reply.tokens else {}
     return {
         "schema": JSON_SCHEMA,
         "type": "answer",
@@ -222,6 +224,7 @@ def answer_json(reply: Reply, status: Status) -> dict[str, Any]:
             "tokens": trimmed.tokens,
             "images": [image.source for image in trimmed.images],
         },
+        **tokens,
     }
 
 

@@ -36,6 +36,7 @@ class SamplingParams:
     max_new_tokens: int = 512
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # report each token's, and those of so many likeliest ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,31 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability, before temperature and filters."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnToken:
+    """A token of the answer (its end token too) beside the likeliest ones in its place."""
+
+    drawn: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """Text since the last one. The last Delta of a stream carries the three other fields."""
+    """Text since the last one. The last Delta of a stream carries the other fields."""
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    tokens: tuple[DrawnToken, ...] = ()  # where the request asks for logprobs
 
 
 @dataclass(frozen=True, slots=True)

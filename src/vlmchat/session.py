@@ -16,6 +16,7 @@ from vlmchat.errors import ConfigError, InvalidRequest, PromptTooLong
 from vlmchat.request import (
     Backend,
     Delta,
+    DrawnToken,
     FinishReason,
     PromptSize,
     SamplingParams,
@@ -65,6 +66,7 @@ class Reply:
         self.finish_reason: FinishReason | None = None
         self.usage: Usage | None = None
         self.timings: Timings | None = None
+        self.tokens: tuple[DrawnToken, ...] = ()
 
     def __enter__(self) -> Reply:
         return self
@@ -74,7 +76,7 @@ class Reply:
             self.answer += delta.text
             if delta.finish_reason is not None:
                 self.finish_reason = delta.finish_reason
-                self.usage, self.timings = delta.usage, delta.timings
+                self.usage, self.timings, self.tokens = delta.usage, delta.timings, delta.tokens
             yield delta
 
     @property

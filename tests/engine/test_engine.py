@@ -212,3 +212,12 @@ def test_engine_refuses_a_prompt_that_leaves_no_room(engine: Engine) -> None:
         engine.stream(QUESTION.answered("x").ask("why", (noise_image(1),)), params)
     assert caught.value.limit == 6
     assert caught.value.image_tokens == 4
+
+
+def test_engine_reports_the_tokens_and_their_logprobs_when_asked(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_new_tokens=20, logprobs=1)
+    last = list(engine.stream(QUESTION, params))[-1]
+    assert [t.drawn.token_id for t in last.tokens] == runner_of(engine).script
+    assert all(t.top == (t.drawn,) for t in last.tokens)
+    assert "".join(t.drawn.token for t in last.tokens) == "one two three</s>"
+    assert list(engine.stream(QUESTION, GREEDY))[-1].tokens == ()

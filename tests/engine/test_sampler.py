@@ -38,3 +38,10 @@ def test_sampler_draws_just_the_tokens_that_transformers_leaves(top_k: int, top_
     scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
     left = set(torch.nonzero(scores[0].isfinite()).flatten().tolist())
     assert set(draws(SamplingParams(0.8, top_p=top_p, top_k=top_k, seed=1), 2000)) == left
+
+
+def test_sampler_ranks_the_drawn_token_and_the_likeliest_ones() -> None:
+    ranked = Sampler(SamplingParams(0.5, top_k=1, logprobs=2)).rank(LOGITS, 4)
+    expected = LOGITS.log_softmax(-1)
+    assert [token for token, _ in ranked] == [4, 1, 3]
+    assert [logprob for _, logprob in ranked] == pytest.approx(expected[[4, 1, 3]].tolist())

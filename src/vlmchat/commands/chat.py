@@ -59,6 +59,8 @@ def chat(
     answer is printed and that is all.
     """
     with reporting(as_json=output.as_json, debug=output.debug):
+        if sampling.logprobs is not None and not output.as_json:
+            raise ConfigError("--logprobs goes with --json")
         questions = read_questions(asked, output)
         params, config = sampling.build(), model.build()
         from rich.console import Console

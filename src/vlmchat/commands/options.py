@@ -284,6 +284,15 @@ class SamplingOptions:
         typer.Option("--stop", metavar="TEXT", help="End the answer before this text; repeatable."),
     ] = ()
 
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="COUNT",
+            help="With --json: each token's logprob, and those of so many likeliest ones.",
+        ),
+    ] = None
+
     def build(self) -> SamplingParams:
         """The checked parameters; ConfigError names the option that is wrong."""
         return sampling_params(
@@ -293,6 +302,7 @@ class SamplingOptions:
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             stop=self.stop,
+            logprobs=self.logprobs,
         )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmchat.session_file import SavedSession
     from vlmchat.store import Autosave, SessionStore
 
-SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop", "logprobs")
 
 
 def find(asked: ChatOptions, store: SessionStore) -> SavedSession | None:

@@ -45,6 +45,11 @@ class Detokenizer:
         )
         return self._emit(text), False
 
+    def text_of(self, token: int) -> str:
+        """One token by itself, special ones too."""
+        text: str = self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     def flush(self) -> str:
         """All that was held back: an unfinished character becomes U+FFFD, as in a whole decode."""
         whole = self._decode(self._ids)

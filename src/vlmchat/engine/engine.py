@@ -197,4 +197,7 @@ class Engine:
                 self._append(sequence, logits)
 
     def _append(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence.append(sequence.sampler_state.draw(logits))
+        token = sequence.sampler_state.draw(logits)
+        if sequence.params.logprobs is not None:
+            sequence.rank(sequence.sampler_state.rank(logits, token))
+        sequence.append(token)

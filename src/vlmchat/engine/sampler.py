@@ -31,6 +31,13 @@ class Sampler:
         scores = self._top_p(self._top_k(scores))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
+    def rank(self, logits: torch.Tensor, token: int) -> list[tuple[int, float]]:
+        """(id, logprob) of `token`, then of the likeliest ones as `params.logprobs` says."""
+        logprobs = logits.float().log_softmax(-1)
+        top = logprobs.topk(min(self._params.logprobs or 0, logprobs.numel()))
+        ids = [token, *top.indices.tolist()]
+        return list(zip(ids, logprobs[ids].tolist(), strict=True))
+
     def _top_k(self, scores: torch.Tensor) -> torch.Tensor:
         k = min(self._params.top_k, scores.numel())
         if k == 0:

@@ -7,12 +7,20 @@ own end, so that scheduler and engine never count.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlmchat.engine.detokenizer import Detokenizer
-from vlmchat.request import Delta, FinishReason, SamplingParams, Timings, Usage
+from vlmchat.request import (
+    Delta,
+    DrawnToken,
+    FinishReason,
+    Logprob,
+    SamplingParams,
+    Timings,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,7 @@ class Sequence:
         self.cancelled = False  # set from the caller's thread, read by the engine's
         self.finished = False
         self.sampler_state: Any = None
+        self._ranked: list[DrawnToken] = []
         self._detokenizer = detokenizer
         self._eos_token_ids = eos_token_ids
         self._emit = emit
@@ -106,6 +115,13 @@ class Sequence:
         elif text:
             self._emit(Delta(text))
 
+    def rank(self, likely: Iterable[tuple[int, float]]) -> None:
+        """Note (id, logprob) of the token about to be appended, and of the likeliest ones."""
+        drawn, *top = (
+            Logprob(token, self._detokenizer.text_of(token), logprob) for token, logprob in likely
+        )
+        self._ranked.append(DrawnToken(drawn, tuple(top)))
+
     def finish(self, reason: FinishReason) -> None:
         """End now; text held back so far goes out."""
         if not self.finished:
@@ -119,7 +135,7 @@ class Sequence:
 
     def _end(self, reason: FinishReason, text: str) -> None:
         self.finished = True
-        self._emit(Delta(text, reason, self._usage(), self._timings()))
+        self._emit(Delta(text, reason, self._usage(), self._timings(), tuple(self._ranked)))
 
     def _usage(self) -> Usage:
         return Usage(
