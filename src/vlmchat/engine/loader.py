@@ -147,6 +147,7 @@ def _read(directory: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Any, A
     """Model and processor; CheckpointError where tensors are missing, unexpected or misshapen."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        processor = AutoProcessor.from_pretrained(directory, **options)
         with memory_errors(_ADVICE):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 directory,
@@ -155,7 +156,6 @@ def _read(directory: Path, dtype: torch.dtype | Literal["auto"]) -> tuple[Any, A
                 ignore_mismatched_sizes=True,  # so that they come back by name: refused below
                 **options,
             )
-        processor = AutoProcessor.from_pretrained(directory, **options)
     except OutOfMemory:
         raise
     except Exception as error:  # wrong files make the libraries trip over whatever is in them
