@@ -6,6 +6,7 @@ Parses an empty `vlmchat chat` command line, so that it tells exactly what chat 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from vlmchat.commands.exit import reporting
 from vlmchat.commands.settings import Setting, settings
+from vlmchat.json_line import json_line
 
 
 def config(
@@ -26,13 +28,13 @@ def config(
     root: Any = ctx.parent
     with reporting(as_json=as_json, debug=False):
         path, values = settings(root.command.commands["chat"], root)
-        print(_json(path, values) if as_json else _text(path, values))
+        print(json_line(_json(path, values), sys.stdout) if as_json else _text(path, values))
 
 
-def _json(path: Path, values: list[Setting]) -> str:
+def _json(path: Path, values: list[Setting]) -> dict[str, Any]:
     shown = {s.key: {"value": s.value, "origin": s.origin, "place": s.place} for s in values}
     head = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
-    return json.dumps({**head, "settings": shown}, ensure_ascii=False)
+    return {**head, "settings": shown}
 
 
 def _text(path: Path, values: list[Setting]) -> str:
