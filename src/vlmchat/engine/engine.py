@@ -196,4 +196,9 @@ class Engine:
                 self._append(sequence, logits)
 
     def _append(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence.append(sequence.sampler_state.draw(logits))
+        try:
+            token = sequence.sampler_state.draw(logits)
+        except VlmchatError as error:
+            self._scheduler.drop(sequence, error)
+        else:
+            sequence.append(token)
