@@ -28,7 +28,7 @@ OTHER_EXITS = {
     "io": (74, "a file, or standard output, cannot be written"),
     "interrupted": (130, "Ctrl-C; what had been said is printed and kept"),
     "broken_pipe": (141, "whoever read the output has gone; nothing is reported"),
-    "terminated": (143, "SIGTERM"),
+    "terminated": (143, "SIGTERM; nothing is reported, as for SIGHUP, which gives 129"),
 }
 
 
