@@ -219,6 +219,7 @@ def test_repl_sets_and_shows_the_system_prompt(room: Room) -> None:
         ("max-new-tokens 7", "max_new_tokens", 7),
         ("seed 11", "seed", 11),
         ('stop "\\n\\n" END', "stop", ("\n\n", "END")),
+        ("stop \\n ### \\end", "stop", ("\n", "###", "\\end")),
         ("stop none", "stop", ()),
     ],
 )
