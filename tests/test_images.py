@@ -132,7 +132,7 @@ def test_load_tells_when_stdin_is_empty() -> None:
 
 @pytest.mark.parametrize("source", ["", " "])
 def test_load_names_an_empty_path(source: str) -> None:
-    with pytest.raises(ImageNotFound, match="^the empty path: no such file"):
+    with pytest.raises(ImageNotFound, match=r"^the empty path: no such file"):
         ImageLoader(ImagePolicy()).load(source)
 
 
