@@ -130,6 +130,12 @@ def test_load_tells_when_stdin_is_empty() -> None:
         ImageLoader(ImagePolicy(), stdin=BytesIO()).load("-")
 
 
+@pytest.mark.parametrize("source", ["", " "])
+def test_load_names_an_empty_path(source: str) -> None:
+    with pytest.raises(ImageNotFound, match=r"^the empty path: no such file"):
+        ImageLoader(ImagePolicy()).load(source)
+
+
 @pytest.mark.parametrize("source", ["/etc/hostname", "file:///etc/hostname", "-", "~/a.png"])
 def test_load_opens_nothing_local_for_remote_clients(source: str) -> None:
     with pytest.raises(FetchRefused):

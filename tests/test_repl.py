@@ -122,6 +122,13 @@ def test_repl_ctrl_c_clears_the_line_and_at_an_empty_one_tells_how_to_end(room: 
     assert room.questions == ["this"]
 
 
+@pytest.mark.parametrize("leave", ["\r", "\x03"], ids=["enter", "ctrl-c"])
+def test_repl_leaves_the_search_of_ctrl_r(room: Room, leave: str) -> None:
+    """Enter did nothing there, and after Ctrl-C nothing typed was seen any more."""
+    room.type("one", f"\x12{leave}two")
+    assert room.questions == ["one", "two"]
+
+
 def test_repl_suggests_the_nearest_command_and_sends_nothing(room: Room) -> None:
     assert "/imgae is not a command; did you mean /image?" in room.type("/imgae red.png")
     assert room.questions == []
@@ -219,6 +226,7 @@ def test_repl_sets_and_shows_the_system_prompt(room: Room) -> None:
         ("max-new-tokens 7", "max_new_tokens", 7),
         ("seed 11", "seed", 11),
         ('stop "\\n\\n" END', "stop", ("\n\n", "END")),
+        ("stop \\n ### \\end", "stop", ("\n", "###", "\\end")),
         ("stop none", "stop", ()),
     ],
 )

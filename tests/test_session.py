@@ -234,3 +234,8 @@ def test_ask_refuses_a_message_that_cannot_fit_and_leaves_the_history() -> None:
         session.ask("word " * 60)
     assert caught.value.tokens > caught.value.limit == 50
     assert session.conversation == before
+
+
+def test_prompt_too_long_speaks_of_pictures_only_when_there_are_some() -> None:
+    assert "picture" not in str(PromptTooLong(90, 80))
+    assert "use fewer pictures" in str(PromptTooLong(90, 80, 16))

@@ -74,9 +74,10 @@ class PromptTooLong(InvalidRequest):
     def __init__(self, tokens: int, limit: int, image_tokens: int = 0) -> None:
         self.tokens, self.limit, self.image_tokens = tokens, limit, image_tokens
         of_images = f" ({image_tokens} of them pictures)" if image_tokens else ""
+        fewer_images = "use fewer pictures, " if image_tokens else ""
         super().__init__(
             f"the message needs {tokens} tokens{of_images}, the context has room for {limit}; "
-            "shorten it, use fewer pictures, or lower --max-new-tokens"
+            f"shorten it, {fewer_images}or lower --max-new-tokens"
         )
 
 

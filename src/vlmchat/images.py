@@ -124,7 +124,7 @@ class ImageLoader:
         except IsADirectoryError:
             raise ImageRejected(f"{name} is a directory; give a picture in it") from None
         except (FileNotFoundError, NotADirectoryError):
-            raise ImageNotFound(f"{name or 'the empty path'}: no such file") from None
+            raise ImageNotFound(f"{name.strip() or 'the empty path'}: no such file") from None
         except PermissionError:
             raise ImageRejected(f"{name} may not be read: permission denied") from None
         except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@ everything about it. Knows nothing of sessions, prompts or models.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from vlmchat.json_line import json_line
 from vlmchat.live_region import LiveRegion
 from vlmchat.markdown_stream import MarkdownStream, Row, printable
 from vlmchat.request import FinishReason, Status
@@ -179,12 +179,7 @@ class JsonPrinter:
         self._print(answer_json(reply, status))
 
     def _print(self, value: dict[str, Any]) -> None:
-        line = json.dumps(value, ensure_ascii=False)
-        try:
-            line.encode(self._stream.encoding or "utf-8")
-        except UnicodeEncodeError:  # a lone surrogate, or a terminal that is not UTF-8
-            line = json.dumps(value)
-        self._stream.write(line + "\n")
+        self._stream.write(json_line(value, self._stream) + "\n")
         self._stream.flush()
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
@@ -137,8 +138,10 @@ class Repl:
         return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def _placeholder(self) -> StyleAndTextTuples:
-        done = self._lines.app.is_done  # what is left on the screen is what was typed
-        return [] if done else [("class:placeholder", _PLACEHOLDER)]
+        app = self._lines.app  # what is left on the screen is what was typed, or found
+        return (
+            [] if app.is_done or app.layout.is_searching else [("class:placeholder", _PLACEHOLDER)]
+        )
 
     def _label(self) -> str:
         if self._editing:
@@ -254,8 +257,9 @@ def _history(file: Path | None) -> History:
 
 def _keys() -> KeyBindings:
     keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not in the search line of Ctrl-R, which has its own
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
@@ -264,11 +268,11 @@ def _keys() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=typing)
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()

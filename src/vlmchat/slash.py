@@ -317,12 +317,20 @@ def _sources(argument: str) -> list[str]:
     """One path with spaces, or several words as a shell reads them."""
     if os.path.exists(os.path.expanduser(argument)):
         return [argument]
-    return _shell_words(argument)
+    return _words(shlex.shlex(argument, posix=True), argument)
 
 
-def _shell_words(text: str) -> list[str]:
+def _stop_texts(text: str) -> tuple[str, ...]:
+    """The words of a line; a backslash is itself, but `\\n` a line break."""
+    words = shlex.shlex(text, posix=True)
+    words.escape = ""
+    return tuple(word.replace("\\n", "\n") for word in _words(words, text))
+
+
+def _words(words: shlex.shlex, text: str) -> list[str]:
+    words.whitespace_split, words.commenters = True, ""
     try:
-        return shlex.split(text)
+        return list(words)
     except ValueError:  # an apostrophe
         return [text]
 
@@ -331,7 +339,7 @@ def _setting(key: str, text: str) -> object:
     if text in _NONE and key in ("stop", "seed"):
         return () if key == "stop" else None
     if key == "stop":
-        return tuple(word.replace("\\n", "\n") for word in _shell_words(text))
+        return _stop_texts(text)
     kind = float if key in ("temperature", "top_p") else int
     try:
         return kind(text)

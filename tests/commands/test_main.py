@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -149,6 +150,35 @@ def test_chat_says_so_when_stdout_cannot_be_written(start: Start) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 74
     assert err == b"vlmchat: no space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_chat_ends_with_its_own_code_when_stderr_cannot_be_written(start: Start) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start("chat", "-p", "x", "--image", "no.png", stderr=full)
+        process.communicate(timeout=60)
+    assert process.returncode == 66
+
+
+def test_chat_replaces_what_the_encoding_of_stdout_has_not(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    out, _ = start("chat", "-p", "é☂").communicate(timeout=60)
+    assert out == "You said: é?\n".encode("latin-1")
+
+
+def test_error_object_is_json_in_every_encoding(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    _, err = start("chat", "--json", "-p", "x", "--image", "ünï.png").communicate(timeout=60)
+    assert json.loads(err)["error"]["message"] == "ünï.png: no such file"
+
+
+def test_chat_takes_a_question_that_is_not_utf_8(start: Start) -> None:
+    out, _ = start("chat", "-p", os.fsdecode(b"a \xff b")).communicate(timeout=60)
+    assert out.decode() == "You said: a � b\n"
 
 
 def test_chat_says_so_when_stdout_is_closed(start: Start) -> None:

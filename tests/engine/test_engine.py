@@ -18,7 +18,7 @@ from vlmchat.engine.processor import Processor
 from vlmchat.engine.sampler import Sampler
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import read_spec
-from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong
+from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong, UnsupportedModel
 from vlmchat.request import Delta, FinishReason, SamplingParams, Status
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
@@ -178,6 +178,16 @@ def test_engine_fails_one_turn_and_lives_when_memory_runs_out(engine: Engine, fa
     assert text_of(deltas) == "one two three"
     assert deltas[-1].usage is not None
     assert deltas[-1].usage.cached_tokens == 0
+
+
+def test_engine_fails_one_turn_and_lives_when_the_output_is_not_a_number(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(runner_of(engine), "_next", lambda slot: torch.full((400,), torch.nan))
+        with pytest.raises(UnsupportedModel):
+            list(engine.stream(QUESTION, GREEDY))
+    assert text_of(list(engine.stream(QUESTION, GREEDY))) == "one two three"
 
 
 def test_engine_tells_every_stream_when_it_dies(engine: Engine) -> None:

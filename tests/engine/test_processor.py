@@ -116,6 +116,12 @@ def test_special_tokens_typed_by_a_person_stay_text(processor: Processor, text: 
     assert specials == [0, 2, 2, 2, 2]
 
 
+def test_a_lone_surrogate_in_a_message_becomes_a_question_mark(processor: Processor) -> None:
+    """An argument that was no UTF-8 ended in a TypeError of the tokenizer."""
+    broken, mended = (Conversation().ask(text) for text in ("a\udcffb", "a?b"))
+    assert processor.encode(broken) == processor.encode(mended)
+
+
 def test_resume_point_never_lies_inside_a_picture(processor: Processor) -> None:
     prompt = processor.encode(Conversation().ask("what", (A,)))
     start, stop = prompt.images[0].start, prompt.images[0].stop

@@ -7,6 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vlmchat.engine.sampler import Sampler
+from vlmchat.errors import UnsupportedModel
 from vlmchat.request import SamplingParams
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0])
@@ -24,6 +25,12 @@ def test_sampler_takes_the_best_token_at_temperature_zero() -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e-300])
 def test_sampler_draws_the_best_token_at_a_tiny_temperature(temperature: float) -> None:
     assert set(draws(SamplingParams(temperature), 3)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampler_refuses_what_is_not_a_number(temperature: float) -> None:
+    with pytest.raises(UnsupportedModel, match="--dtype"):
+        Sampler(SamplingParams(temperature)).draw(LOGITS * torch.nan)
 
 
 def test_sampler_repeats_itself_with_the_same_seed_and_not_with_another() -> None:

@@ -6,6 +6,7 @@ usage errors are quick.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -59,6 +60,8 @@ def main() -> None:
     """Run the command line and exit."""
     arguments = sys.argv[1:]
     end_on_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what its encoding has not
     with reporting(as_json="--json" in arguments, debug="--debug" in arguments):
         code = command().main(arguments, prog_name="vlmchat", standalone_mode=False)
     sys.exit(code)

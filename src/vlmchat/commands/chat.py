@@ -211,7 +211,7 @@ def read_questions(asked: ChatOptions, output: OutputOptions) -> tuple[str, ...]
     if any(not prompt.strip() for prompt in asked.prompts):
         raise NoInput("there is no question: -p is empty")
     if asked.prompts:
-        return asked.prompts
+        return tuple(_as_text(prompt) for prompt in asked.prompts)
     if pictures_on_stdin:
         raise ConfigError("stdin holds the picture (--image -); give the question with -p")
     if not at_terminal:
@@ -221,6 +221,15 @@ def read_questions(asked: ChatOptions, output: OutputOptions) -> tuple[str, ...]
             "an interactive chat needs a terminal; give the question with -p or stdin"
         )
     return None
+
+
+def _as_text(argument: str) -> str:
+    """An argument that is not text in this locale, read as UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode("utf-8", "replace")
+    return argument
 
 
 def _question_on_stdin() -> str:

@@ -6,6 +6,7 @@ Parses an empty `vlmchat chat` command line, so that it tells exactly what chat 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from vlmchat.commands.exit import reporting
 from vlmchat.commands.settings import Setting, read_aliases, settings
+from vlmchat.json_line import json_line
 
 
 def config(
@@ -27,13 +29,16 @@ def config(
     with reporting(as_json=as_json, debug=False):
         path, values = settings(root.command.commands["chat"], root)
         aliases = read_aliases(path) if path.exists() else {}
-        print(_json(path, values, aliases) if as_json else _text(path, values, aliases))
+        if as_json:
+            print(json_line(_json(path, values, aliases), sys.stdout))
+        else:
+            print(_text(path, values, aliases))
 
 
-def _json(path: Path, values: list[Setting], aliases: dict[str, str]) -> str:
+def _json(path: Path, values: list[Setting], aliases: dict[str, str]) -> dict[str, Any]:
     shown = {s.key: {"value": s.value, "origin": s.origin, "place": s.place} for s in values}
     head = {"schema": 1, "type": "config", "file": str(path), "exists": path.exists()}
-    return json.dumps({**head, "settings": shown, "models": aliases}, ensure_ascii=False)
+    return {**head, "settings": shown, "models": aliases}
 
 
 def _text(path: Path, values: list[Setting], aliases: dict[str, str]) -> str:

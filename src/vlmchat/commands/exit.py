@@ -7,7 +7,6 @@ but SystemExit, which nothing below it raises but a signal.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -15,11 +14,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
 from vlmchat.errors import OutOfMemory, VlmchatError
+from vlmchat.json_line import json_line
 
 # What has no class in the error tree: code -> (exit code, when).
 OTHER_EXITS = {
@@ -28,7 +28,7 @@ OTHER_EXITS = {
     "io": (74, "a file, or standard output, cannot be written"),
     "interrupted": (130, "Ctrl-C; what had been said is printed and kept"),
     "broken_pipe": (141, "whoever read the output has gone; nothing is reported"),
-    "terminated": (143, "SIGTERM"),
+    "terminated": (143, "SIGTERM; nothing is reported, as for SIGHUP, which gives 129"),
 }
 
 
@@ -41,7 +41,7 @@ def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        _drop_stdout()
+        _drop(sys.stdout)
         raise SystemExit(OTHER_EXITS["broken_pipe"][0]) from None
     except (Exception, KeyboardInterrupt) as error:  # a bug is told in one line, as all else is
         if debug and not isinstance(error, KeyboardInterrupt | typer.TyperException):
@@ -49,11 +49,14 @@ def reporting(*, as_json: bool, debug: bool) -> Iterator[None]:
         code, message, exit_code = describe(error)
         message = " ".join(message.split())
         if isinstance(error, OSError):
-            _drop_stdout()  # or the interpreter fails to flush it once more, aloud
+            _drop(sys.stdout)  # or the interpreter fails to flush it once more, aloud
         report = {"error": {"code": code, "message": message, "exit_code": exit_code}}
-        line = json.dumps(report, ensure_ascii=False) if as_json else f"vlmchat: {message}"
         if sys.stderr is not None:
-            print(line, file=sys.stderr, flush=True)
+            line = json_line(report, sys.stderr) if as_json else f"vlmchat: {message}"
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except OSError:  # the exit code is all that is left to tell
+                _drop(sys.stderr)
         raise SystemExit(exit_code) from None
 
 
@@ -91,10 +94,10 @@ def _usage_message(error: Any) -> str:
     return f"{message}; see '{ctx.command_path if ctx else 'vlmchat'} --help'"
 
 
-def _drop_stdout() -> None:
-    """Point stdout at nothing, so that flushing it at exit cannot fail again."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: TextIO | None) -> None:
+    """Point a stream at nothing, so that flushing it at exit cannot fail again."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_on_signals() -> None:

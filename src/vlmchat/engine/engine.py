@@ -197,7 +197,11 @@ class Engine:
                 self._append(sequence, logits)
 
     def _append(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        token = sequence.sampler_state.draw(logits)
+        try:
+            token = sequence.sampler_state.draw(logits)
+        except VlmchatError as error:
+            self._scheduler.drop(sequence, error)
+            return
         if sequence.params.logprobs is not None:
             sequence.rank(sequence.sampler_state.rank(logits, token))
         sequence.append(token)

@@ -164,7 +164,11 @@ class Processor:
         return {"role": message.role, "content": content}
 
     def _plain(self, text: str) -> str:
-        """Text in which no special token can be read: `</s>` typed by a person is five letters."""
+        """Text in which no special token can be read: `</s>` typed by a person is five letters.
+
+        Lone surrogates, which no tokenizer takes, become question marks.
+        """
+        text = text.encode("utf-8", "replace").decode()
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _special_tokens(self) -> re.Pattern[str]:

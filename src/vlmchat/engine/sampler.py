@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from vlmchat.errors import UnsupportedModel
 from vlmchat.request import SamplingParams
 
 
@@ -22,7 +23,15 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def draw(self, logits: torch.Tensor) -> int:
-        """logits: [vocabulary], any dtype and device. Greedy takes the first of equals."""
+        """logits: [vocabulary], any dtype and device. Greedy takes the first of equals.
+
+        Raises UnsupportedModel when they are not numbers, as after an overflow in float16.
+        """
+        if logits.isnan().any():
+            raise UnsupportedModel(
+                "the model's output is not a number; its weights may be broken, or another --dtype "
+                "may hold them (bfloat16, float32)"
+            )
         if self._params.temperature == 0:
             return int(logits.argmax())
         # The best one becomes 0, in double: no temperature, however small, makes it infinite.

@@ -1,0 +1,1 @@
+"""Scenes, questions, training and evaluation of the demo model shipped with vlmchat."""
