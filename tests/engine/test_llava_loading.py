@@ -241,7 +241,8 @@ def test_loading_takes_the_final_weights_and_one_shard(
 def write_large(directory: Path, wide: int, layers: int) -> int:
     """Shards of random float16 weights, a layer each; bytes of all."""
     (directory / "model.safetensors").unlink()
-    rows, sizes, index = num_pieces(), [], {}
+    rows, sizes = num_pieces(), []
+    index: dict[str, str] = {}
     rest = {"model.embed_tokens": (rows, wide), "lm_head": (rows, wide), "model.norm": (wide,)}
     rest |= {"model.mm_projector.0": (wide, 32), "model.mm_projector.2": (wide, wide)}
     shards = [{f"{name}.weight": shape for name, shape in rest.items()}]
