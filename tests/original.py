@@ -268,6 +268,7 @@ class OriginalReference:
         text = {k: v for k, v in config.items() if k in language_config(0)}
         text["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
         mistral = config["model_type"] == "llava_mistral"
+        text |= {"sliding_window": None} if mistral else {}  # which the original does not heed
         kind, settings = (
             (MistralForCausalLM, MistralConfig) if mistral else (LlamaForCausalLM, LlamaConfig)
         )

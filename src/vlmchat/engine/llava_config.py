@@ -37,7 +37,6 @@ _TEXT_KEYS = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
-    "sliding_window",
     "tie_word_embeddings",
 )
 Size = tuple[int, int]  # width, height
@@ -135,6 +134,9 @@ def translate(
     pad = text.get("pad_token_id")
     if pad is None or not 0 <= pad < num_tokens:
         text["pad_token_id"] = None  # an embedding's padding row must exist
+    if kind is MistralConfig:
+        # The original runs Mistral by torch's attention, which then took no notice of a window.
+        text["sliding_window"] = None
     return LlavaConfig(
         text_config=kind(**text, vocab_size=num_tokens),
         vision_config=vision,
