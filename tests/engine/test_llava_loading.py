@@ -14,6 +14,7 @@ import torch
 
 from tests.engine.originals import load
 from tests.original import (
+    ANYRES,
     Original,
     make_base,
     make_original,
@@ -53,6 +54,7 @@ def changed(made: Original, tensors: dict[str, torch.Tensor]) -> Path:
         pytest.param({"s2": True}, "several scales", id="s2"),
         pytest.param({"mm_resampler_type": "perceiver"}, "perceiver", id="resampler"),
         pytest.param({"image_aspect_ratio": "anyres_max_9"}, "anyres_max_9", id="newer-anyres"),
+        pytest.param({"quantization_config": {"bits": 4}}, "stored quantised", id="quantised"),
         pytest.param({"mm_projector_type": "ldp"}, "'ldp'", id="projector"),
     ],
 )
@@ -65,6 +67,26 @@ def test_config_of_another_kind_is_refused(
     error = load_error(made.directory)
     assert isinstance(error, UnsupportedModel)
     assert told in error.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"hidden_size": "many"}, id="text-for-a-number"),
+        pytest.param({"num_attention_heads": 7}, id="heads-that-do-not-divide"),
+        pytest.param({"hidden_act": "nope"}, id="unknown-activation"),
+        pytest.param({"rope_scaling": {"type": "what"}}, id="unknown-rotary-scaling"),
+        pytest.param({"mm_vision_select_layer": -99}, id="layer-that-is-not-there"),
+        pytest.param({"mm_vision_select_layer": None}, id="no-layer"),
+        pytest.param({"mm_vision_select_feature": "x"}, id="unknown-feature"),
+        pytest.param({**ANYRES, "image_grid_pinpoints": "[[1,"}, id="broken-pinpoints"),
+        pytest.param({**ANYRES, "image_grid_pinpoints": [[30, 28]]}, id="uneven-pinpoints"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    made = make_original(tmp_path / "01")
+    write_json(made.directory / "config.json", **(made.config | changes))
+    assert isinstance(load_error(made.directory), CheckpointError)
 
 
 def test_text_model_is_refused_with_what_it_may_serve_for(tmp_path: Path) -> None:

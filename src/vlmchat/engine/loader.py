@@ -27,7 +27,7 @@ from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
-from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
+from vlmchat.errors import CheckpointError, ConfigError, OutOfMemory, UnsupportedModel
 from vlmchat.request import Status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +68,13 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
-    assemble(opened.model, opened.tensors, precision, config.path, counter)
+    try:
+        assemble(opened.model, opened.tensors, precision, config.path, counter)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{device} ran out of memory while {config.path} was loading; "
+            "add --load-8bit or --load-4bit, or choose a smaller model"
+        ) from error
     return _finish(config, opened, chosen, precision, started)
 
 
