@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,10 +25,12 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
 )
 
+from vlmchat.engine.hf_processor import read_processor
 from vlmchat.engine.templates import TEMPLATE_NAMES, template
 
 TILE = 28  # pixels; two patches of 14 along each side
@@ -265,6 +268,7 @@ class OriginalReference:
         text = {k: v for k, v in config.items() if k in language_config(0)}
         text["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
         mistral = config["model_type"] == "llava_mistral"
+        text |= {"sliding_window": None} if mistral else {}  # which the original does not heed
         kind, settings = (
             (MistralForCausalLM, MistralConfig) if mistral else (LlamaForCausalLM, LlamaConfig)
         )
@@ -307,3 +311,41 @@ class OriginalReference:
             else:
                 parts.append(self.text.get_input_embeddings()(torch.tensor([token])))
         return Tensor(self.text(inputs_embeds=torch.cat(parts)[None]).logits[0, -1])
+
+
+def write_as_original(source: Path, directory: Path) -> Path:
+    """The checkpoint in `source`, of transformers' LLaVA, in LLaVA's own layout: same weights."""
+    model = LlavaForConditionalGeneration.from_pretrained(source)
+    config, tower = model.config, directory / "tower"
+    tower.mkdir(parents=True)
+    tensors, vision = {}, {}
+    renames = {
+        "model.language_model.": "model.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    }
+    for name, tensor in model.state_dict().items():
+        if name.startswith("model.vision_tower."):
+            vision[name.replace("model.vision_tower.", "vision_model.")] = tensor
+        else:
+            old = next((old for old in renames if name.startswith(old)), "")
+            tensors[renames.get(old, "") + name.removeprefix(old)] = tensor.clone()
+    config.vision_config.save_pretrained(tower)
+    torch.save(vision, tower / "pytorch_model.bin")
+    pictures = read_processor(source, config).image_processor
+    pictures.save_pretrained(tower)
+    write_weights(directory, tensors)
+    write_json(
+        directory / "config.json",
+        **config.text_config.to_dict()
+        | {
+            "model_type": "llava",
+            "mm_vision_tower": "tower",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_use_im_patch_token": False,
+        },
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, directory / name)
+    return directory

@@ -155,7 +155,7 @@ def test_any_tokens_come_back_as_from_a_whole_decoding(
 
 
 def test_bytes_that_are_no_character_are_lost_as_the_original_loses_them(tmp_path: Path) -> None:
-    """SentencePiece keeps what is a character beside them, the Rust tokenizer of Mistral nothing."""
+    """SentencePiece keeps what is a character beside them, the Rust tokenizer nothing."""
     write_tokenizer(tmp_path)
     for fast, expected in ((False, "\ufffdA"), (True, "\ufffd\ufffd")):
         tokenizer = read_tokenizer(tmp_path, fast=fast)

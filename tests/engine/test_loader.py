@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
+from tests.original import write_as_original
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
 from vlmchat.config import ModelConfig
@@ -61,10 +64,67 @@ def load_error(config: ModelConfig) -> VlmchatError:
 def answer(config: ModelConfig) -> str:
     engine = Engine.load(config)
     params = SamplingParams(temperature=0, max_new_tokens=8)
-    conversation = Conversation().ask("what is it", (noise_image(1),))
+    conversation = Conversation().ask("what is it", (noise_image(1, 28, 28),))
     text = "".join(delta.text for delta in engine.stream(conversation, params))
     engine.close()
     return text
+
+
+# The model's names -> those in files of older versions.
+STYLES = {
+    "transformers-4.3": {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+    "transformers-4.52": {"model.vision_tower.": "model.vision_tower.vision_model."},
+    "transformers-5": {},
+}
+
+
+def rename_weights(directory: Path, style: str, *, form: str = "safetensors") -> None:
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        old = next((old for old in STYLES[style] if name.startswith(old)), "")
+        tensors[STYLES[style].get(old, "") + name.removeprefix(old)] = tensor.clone()
+    (directory / "model.safetensors").unlink()
+    if form == "safetensors":
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    else:
+        torch.save(tensors, directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("style", STYLES)
+def test_weights_load_under_the_names_of_every_version(
+    tiny: Path, copy: Path, style: str, form: str
+) -> None:
+    rename_weights(copy, style, form=form)
+    config = ModelConfig(str(tiny), device="cpu")
+    assert answer(replace(config, path=str(copy))) == answer(config)
+
+
+def test_image_token_may_be_no_row_of_the_embeddings(tiny: Path, copy: Path) -> None:
+    """An unpadded vocabulary: the tokenizer's `<image>` is the number after the last row."""
+    rows = json.loads((copy / "config.json").read_text())["text_config"]["vocab_size"]
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == "<image>":
+            token["id"] = rows
+    edit_config(copy, image_token_index=rows)
+    (copy / "tokenizer.json").write_text(
+        json.dumps(tokenizer).replace('"<image>": 2', '"<old>": 2')
+    )
+    config = ModelConfig(str(tiny), device="cpu")
+    assert answer(replace(config, path=str(copy))) == answer(config)
+
+
+def test_model_written_in_the_original_layout_answers_as_itself(tiny: Path, tmp_path: Path) -> None:
+    config = ModelConfig(str(tiny), device="cpu", conv_mode="llava_v1")
+    written = write_as_original(tiny, tmp_path / "original")
+    assert answer(replace(config, path=str(written))) == answer(config)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

@@ -84,6 +84,7 @@ def assemble(
     _refuse(model, missing, found, source)
     _compute_buffers(model, precision.device)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _let_image_tokens_pass(model)
     model.eval()
 
 
@@ -96,7 +97,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision) -> None:
         layer = quantized(module, tensor, to.quantization, to.device, to.dtype)
         model.set_submodule(module_name, layer)
         return
-    value = tensor.to(to.device, to.dtype if tensor.is_floating_point() else tensor.dtype)
+    # A copy, even where nothing changes: the file may be replaced while the model runs.
+    dtype = to.dtype if tensor.is_floating_point() else tensor.dtype
+    value = tensor.to(to.device, dtype, copy=True)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
@@ -125,6 +128,14 @@ def _refuse(model: Any, missing: set[str], found: _Found, source: str) -> None:
 def _without(names: Iterable[str], ignored: Iterable[str] | None) -> list[str]:
     patterns = [COMPUTED, *(ignored or ())]
     return sorted(n for n in names if not any(re.search(pattern, n) for pattern in patterns))
+
+
+def _let_image_tokens_pass(model: Any) -> None:
+    """Where the image token is no row of the embeddings, look up another: it is replaced anyway."""
+    embeddings = model.get_input_embeddings()
+    last = embeddings.weight.shape[0] - 1
+    if model.config.image_token_id > last:
+        embeddings.register_forward_pre_hook(lambda _, inputs: (inputs[0].clamp(max=last),))
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

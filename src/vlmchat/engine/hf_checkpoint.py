@@ -6,11 +6,13 @@ transformers' own rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -20,10 +22,12 @@ from vlmchat.engine.hf_processor import read_processor
 from vlmchat.engine.tensors import model_files, read_tensors
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
+MAX_WORDS = 200  # of a library's message, in characters
+
 
 def open_hugging_face(directory: Path) -> Opened:
     """Raises CheckpointError where files lack or are damaged."""
-    try:
+    with damaged_files(str(directory)):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
@@ -31,15 +35,34 @@ def open_hugging_face(directory: Path) -> Opened:
             model = AutoModelForImageTextToText.from_config(config)
         processor = read_processor(directory, config)
         generation_config = read_generation_config(directory, model)
-    except Exception as error:  # wrong files make the libraries trip over whatever is in them
-        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"{directory} cannot be loaded: {first_line}") from error
     files = model_files(directory)
     if not files:
         raise CheckpointError(f"{directory} has no weights as .safetensors or .bin")
     rename = _renaming(model)
     tensors = ((rename(name), tensor) for name, tensor in read_tensors(files))
     return Opened(model, tensors, processor, generation_config)
+
+
+@contextmanager
+def damaged_files(name: str) -> Iterator[None]:
+    """Turn what transformers raises over settings that cannot be used into CheckpointError."""
+    try:
+        yield
+    except (
+        StrictDataclassError,
+        OSError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+    ) as error:
+        words = " ".join(str(error).split())
+        if isinstance(error, LookupError) or not words:  # often nothing but the key
+            words = repr(error)
+        shown = words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]} …"
+        raise CheckpointError(f"{name} cannot be loaded: {shown}") from error
 
 
 def read_generation_config(directory: Path, model: Any) -> Any:

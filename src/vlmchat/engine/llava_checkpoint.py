@@ -15,7 +15,7 @@ import torch
 
 from vlmchat.engine.assemble import Opened
 from vlmchat.engine.checkpoint import Layout
-from vlmchat.engine.hf_checkpoint import read_generation_config
+from vlmchat.engine.hf_checkpoint import damaged_files, read_generation_config
 from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_checkpoint, find_tower, read_json
 from vlmchat.engine.llava import check_original, language_model
 from vlmchat.engine.llava_config import read_pictures, read_tokens, read_vision, translate
@@ -66,12 +66,25 @@ def open_original(
         source.files, source.overlay
     )
     tower = find_tower(config["mm_vision_tower"], directory, progress, weights=not inside)
+    # The original takes the Rust tokenizer for whole Mistral checkpoints, and for these only.
+    fast = layout is Layout.ORIGINAL and language_model(config) == "mistral"
+    with damaged_files(name):
+        tokenizer = read_tokenizer(source.directory, fast=fast)
+        return _opened(config, name, source, tower, inside, tokenizer)
+
+
+def _opened(
+    config: Mapping[str, Any],
+    name: str,
+    source: _Source,
+    tower: Path,
+    inside: bool,
+    tokenizer: Any,
+) -> Opened:
+    """inside: whether the tower's weights are the checkpoint's own."""
     vision = read_vision(tower)
     pictures = read_pictures(config, vision, name)
     tokens = read_tokens(config)
-    # The original takes the Rust tokenizer for whole Mistral checkpoints, and for these only.
-    fast = layout is Layout.ORIGINAL and language_model(config) == "mistral"
-    tokenizer = read_tokenizer(source.directory, fast=fast)
     tokenizer.add_tokens(tokens.added)
     rows = len(tokenizer)
     with torch.device("meta"):
@@ -88,7 +101,7 @@ def open_original(
         original_tensors(parts),
         processor,
         read_generation_config(source.directory, model),
-        limit if isinstance(limit, int) else None,
+        limit if isinstance(limit, int) and limit > 0 else None,
     )
 
 

@@ -6,7 +6,6 @@ Called by the loader with the checkpoint's config.json and its vision tower's. N
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 
+from vlmchat.engine.hub import read_json
 from vlmchat.engine.llava import language_model
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
@@ -37,7 +37,6 @@ _TEXT_KEYS = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
-    "sliding_window",
     "tie_word_embeddings",
 )
 Size = tuple[int, int]  # width, height
@@ -49,7 +48,8 @@ class Pictures:
 
     aspect_ratio: "pad", "anyres", or "square" (resize and crop).
     resolutions: the canvases of anyres, (width, height).  merge: how its tiles are joined.
-    layer: whose hidden states are features.  keep_class: whether the class token is one.
+    layer: whose hidden states are features, 0 being what goes into the first one.
+    keep_class: whether the class token is a feature.
     tile: side of what the tower takes, in pixels.  side: patches along it.
     projector: `linear`, `identity` or `mlpNx_gelu`; width: of its input.
     """
@@ -84,23 +84,24 @@ class Tokens:
 
 
 def read_pictures(config: Mapping[str, Any], vision: CLIPVisionConfig, name: str) -> Pictures:
-    """The picture settings of an original config. Raises CheckpointError, UnsupportedModel."""
+    """The picture settings of an original config.
+
+    Raises CheckpointError, UnsupportedModel, and LookupError, ValueError, TypeError or SyntaxError
+    where a setting is missing or makes no sense.
+    """
     ratio = config.get("image_aspect_ratio")
     feature = config.get("mm_vision_select_feature", "patch")
-    try:
-        pictures = Pictures(
-            aspect_ratio=ratio if ratio in ("pad", "anyres") else "square",
-            resolutions=_resolutions(config.get("image_grid_pinpoints")),
-            merge=str(config.get("mm_patch_merge_type") or "flat"),
-            layer=int(config["mm_vision_select_layer"]),
-            keep_class={"patch": False, "cls_patch": True}[feature],
-            tile=vision.image_size,
-            side=vision.image_size // vision.patch_size,
-            projector=config.get("mm_projector_type") or "linear",
-            width=int(config.get("mm_hidden_size") or vision.hidden_size),
-        )
-    except (KeyError, ValueError, TypeError, SyntaxError) as error:
-        raise CheckpointError(f"config.json of {name} cannot be used: {error!r}") from error
+    pictures = Pictures(
+        aspect_ratio=ratio if ratio in ("pad", "anyres") else "square",
+        resolutions=_resolutions(config.get("image_grid_pinpoints")),
+        merge=str(config.get("mm_patch_merge_type") or "flat"),
+        layer=range(vision.num_hidden_layers + 1)[int(config["mm_vision_select_layer"])],
+        keep_class={"patch": False, "cls_patch": True}[feature],
+        tile=vision.image_size,
+        side=vision.image_size // vision.patch_size,
+        projector=str(config.get("mm_projector_type") or "linear"),
+        width=int(config.get("mm_hidden_size") or vision.hidden_size),
+    )
     _check(pictures, name)
     return pictures
 
@@ -115,7 +116,7 @@ def read_tokens(config: Mapping[str, Any]) -> Tokens:
 
 def read_vision(tower: Path) -> CLIPVisionConfig:
     """The vision part of a CLIP repository. Raises UnsupportedModel if it is no CLIP."""
-    raw = json.loads((tower / "config.json").read_text("utf-8"))
+    raw = read_json(tower / "config.json")
     if raw.get("model_type") not in ("clip", "clip_vision_model"):
         raise UnsupportedModel(
             f"the vision tower {tower} is of type {raw.get('model_type')!r}; LLaVA takes CLIP"
@@ -135,6 +136,9 @@ def translate(
     pad = text.get("pad_token_id")
     if pad is None or not 0 <= pad < num_tokens:
         text["pad_token_id"] = None  # an embedding's padding row must exist
+    if kind is MistralConfig:
+        # The original runs Mistral by torch's attention, which then took no notice of a window.
+        text["sliding_window"] = None
     return LlavaConfig(
         text_config=kind(**text, vocab_size=num_tokens),
         vision_config=vision,

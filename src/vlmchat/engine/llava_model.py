@@ -31,10 +31,7 @@ def make_projector(pictures: Pictures, hidden_size: int) -> nn.Module:
 
 
 class OriginalLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
-    """transformers' LLaVA with what the original does otherwise.
-
-    The image token is no row of the embeddings, so the vocabulary is the checkpoint's own.
-    """
+    """transformers' LLaVA with what the original does otherwise."""
 
     def __init__(self, config: Any, pictures: Pictures) -> None:
         super().__init__(config)
@@ -72,21 +69,3 @@ class OriginalLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
         kept = canvas[unpadded(size, columns * side, rows * side)]
         ends = self.model.image_newline.expand(kept.shape[0], 1, -1)
         return torch.cat([tiles[0], torch.cat([kept, ends], dim=1).flatten(0, 1)])
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
-        """See transformers. Features stand in place of the image token, as they come."""
-        if input_ids is not None:
-            is_image = input_ids == self.config.image_token_id  # [B, T]
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-            if mm_encoder_outputs:
-                features = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
-                inputs_embeds = inputs_embeds.masked_scatter(
-                    is_image[..., None], features.to(inputs_embeds)
-                )
-        return super().forward(inputs_embeds=inputs_embeds, **options)

@@ -92,6 +92,11 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
     For use before a large download.
     """
+    if config.get("quantization_config"):
+        raise UnsupportedModel(
+            f"{name} is stored quantised, which is not served; take its full weights, "
+            "with --load-8bit or --load-4bit"
+        )
     if is_original(config):
         check_original(config, name)
     elif config.get("model_type") not in FAMILIES:
@@ -102,11 +107,6 @@ def check_config(config: dict[str, Any], name: str) -> None:
                 "give a vision-language model, or this one as the --model-base of a LLaVA adapter"
             )
         raise UnsupportedModel(f"{name} is of type {config.get('model_type')!r}; {served}")
-    elif "quantization_config" in config:
-        raise UnsupportedModel(
-            f"{name} is stored quantised, which is not served; take its full weights, "
-            "with --load-8bit or --load-4bit"
-        )
 
 
 def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
