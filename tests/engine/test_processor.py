@@ -14,7 +14,6 @@ from tests.tiny import make_tiny_llava
 from vlmchat.conversation import Conversation
 from vlmchat.engine.processor import Processor
 from vlmchat.engine.spec import read_spec
-from vlmchat.engine.templates import ConversationTemplate
 from vlmchat.errors import InvalidRequest, UnsupportedModel, VlmchatError
 
 A, B = noise_image(1), noise_image(2)
@@ -83,24 +82,6 @@ def test_each_picture_is_processed_once_in_a_conversation(reference: Reference) 
         processor.count(conversation)
         processor.encode(conversation)
     assert counting.calls == 2
-
-
-@pytest.mark.parametrize(
-    ("template", "error", "message"),
-    [
-        ("{{ raise_exception('no system prompt') }}", InvalidRequest, "no system prompt"),
-        ("{{ messages[0].role }}", UnsupportedModel, "shows 0 of 3 pictures"),
-    ],
-    ids=["refuses", "forgets-pictures"],
-)
-def test_chat_template_that_cannot_render_a_conversation_is_told(
-    reference: Reference, template: str, error: type[Exception], message: str
-) -> None:
-    spec = read_spec(reference.model.config, GenerationConfig(), reference.processor)
-    template_ = ConversationTemplate("bad", template, ())
-    processor = Processor(reference.processor, spec, template_)
-    with pytest.raises(error, match=message):
-        processor.count(ONE_TURN.ask("and this", (A, B)))
 
 
 def test_next_turn_begins_with_the_last_prompt(processor: Processor) -> None:
