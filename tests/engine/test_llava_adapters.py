@@ -21,6 +21,7 @@ from tests.original import (
     num_pieces,
     projector_tensors,
     write_json,
+    write_weights,
 )
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine
@@ -91,6 +92,19 @@ def load_error(directory: Path, **options: Any) -> VlmchatError:
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_lora_on_a_text_model_is_the_merged_model(tmp_path: Path, form: str) -> None:
     made = make_lora(tmp_path / "01", make_base(tmp_path / "base"), form=form)
+    loaded = load(made.directory, base=str(tmp_path / "base"))
+    close(first_logits(loaded), expected_logits(made, loaded))
+
+
+def test_merging_into_half_precision_files_rounds_nothing(tmp_path: Path) -> None:
+    base = {name: tensor.half() for name, tensor in make_base(tmp_path / "base").items()}
+    (index,) = (tmp_path / "base").glob("*.index.json")
+    index.unlink()
+    for shard in (tmp_path / "base").glob("*.bin"):
+        shard.unlink()
+    write_weights(tmp_path / "base", base)
+    whole = {name: tensor.float() for name, tensor in base.items()}
+    made = make_lora(tmp_path / "01", whole)
     loaded = load(made.directory, base=str(tmp_path / "base"))
     close(first_logits(loaded), expected_logits(made, loaded))
 
