@@ -21,6 +21,7 @@ from tests.original import (
     num_pieces,
     projector_tensors,
     write_json,
+    write_tokenizer,
     write_weights,
 )
 from vlmchat.config import ModelConfig
@@ -133,6 +134,14 @@ def test_lora_loads_quantised(tmp_path: Path, quantization: str) -> None:
     loaded = load(made.directory, **options)
     rough, exact = first_logits(loaded), expected_logits(made, loaded)
     assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.7
+
+
+def test_template_is_told_by_the_tokenizer_of_the_base(tmp_path: Path) -> None:
+    made = make_lora(tmp_path / "01", make_base(tmp_path / "base"))
+    write_tokenizer(tmp_path / "base", chat_template="<|im_start|>{{ messages }}")
+    loaded = load(made.directory, base=str(tmp_path / "base"), conv_mode=None)
+    assert loaded.template is not None
+    assert loaded.template.name == "chatml_direct"
 
 
 def test_lora_without_a_base_says_what_to_give(tmp_path: Path) -> None:

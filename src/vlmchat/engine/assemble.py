@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Opened:
     """A checkpoint that is all there and understood; its weights are yet to be read.
 
     model: on the meta device.  tensors: by the model's names.  context_limit: besides the
-    config's, where the checkpoint has one.
+    config's, where the checkpoint has one.  tokenizer_directory: where it is not the checkpoint's.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class Opened:
     processor: Any
     generation_config: Any
     context_limit: int | None = None
+    tokenizer_directory: Path | None = None
 
 
 @dataclass(slots=True)
