@@ -21,6 +21,8 @@ from tests.original import (
     num_pieces,
     projector_tensors,
     write_json,
+    write_tokenizer,
+    write_weights,
 )
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine
@@ -95,6 +97,19 @@ def test_lora_on_a_text_model_is_the_merged_model(tmp_path: Path, form: str) -> 
     close(first_logits(loaded), expected_logits(made, loaded))
 
 
+def test_merging_into_half_precision_files_rounds_nothing(tmp_path: Path) -> None:
+    base = {name: tensor.half() for name, tensor in make_base(tmp_path / "base").items()}
+    (index,) = (tmp_path / "base").glob("*.index.json")
+    index.unlink()
+    for shard in (tmp_path / "base").glob("*.bin"):
+        shard.unlink()
+    write_weights(tmp_path / "base", base)
+    whole = {name: tensor.float() for name, tensor in base.items()}
+    made = make_lora(tmp_path / "01", whole)
+    loaded = load(made.directory, base=str(tmp_path / "base"))
+    close(first_logits(loaded), expected_logits(made, loaded))
+
+
 def test_lora_on_a_llava_replaces_its_projector(tmp_path: Path) -> None:
     base = make_original(tmp_path / "base", mm_projector_type="linear")
     made = make_lora(tmp_path / "01", base.tensors)
@@ -119,6 +134,14 @@ def test_lora_loads_quantised(tmp_path: Path, quantization: str) -> None:
     loaded = load(made.directory, **options)
     rough, exact = first_logits(loaded), expected_logits(made, loaded)
     assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.7
+
+
+def test_template_is_told_by_the_tokenizer_of_the_base(tmp_path: Path) -> None:
+    made = make_lora(tmp_path / "01", make_base(tmp_path / "base"))
+    write_tokenizer(tmp_path / "base", chat_template="<|im_start|>{{ messages }}")
+    loaded = load(made.directory, base=str(tmp_path / "base"), conv_mode=None)
+    assert loaded.template is not None
+    assert loaded.template.name == "chatml_direct"
 
 
 def test_lora_without_a_base_says_what_to_give(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Opened:
     """A checkpoint that is all there and understood; its weights are yet to be read.
 
     model: on the meta device.  tensors: by the model's names.  context_limit: besides the
-    config's, where the checkpoint has one.
+    config's, where the checkpoint has one.  tokenizer_directory: where it is not the checkpoint's.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class Opened:
     processor: Any
     generation_config: Any
     context_limit: int | None = None
+    tokenizer_directory: Path | None = None
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ def assemble(
     Raises CheckpointError that names tensors which are missing, unexpected or misshapen.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shrinking = _quantizable(model) if precision.quantization else set()
     found = _Found()
     for name, tensor in tensors:
         if name not in shapes:
@@ -77,7 +80,7 @@ def assemble(
                 f"{name} is {list(tensor.shape)} in place of {list(shapes[name])}"
             )
         else:
-            _place(model, name, tensor, precision)
+            _place(model, name, tensor, precision, shrink=name in shrinking)
         found.seen.add(name)
         arrived(len(found.seen))
     missing = set(shapes) - found.seen
@@ -88,10 +91,10 @@ def assemble(
     model.eval()
 
 
-def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision) -> None:
+def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision, *, shrink: bool) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if to.quantization and leaf == "weight" and _is_quantizable(module, module_name):
+    if shrink and to.quantization:
         from vlmchat.engine.quantize import quantized
 
         layer = quantized(module, tensor, to.quantization, to.device, to.dtype)
@@ -106,10 +109,12 @@ def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision) -> None:
         module._buffers[leaf] = value
 
 
-def _is_quantizable(module: nn.Module, name: str) -> bool:
-    # SmolVLM and Idefics3 call it text_model.
-    inside = "language_model." in name or "text_model." in name
-    return isinstance(module, nn.Linear) and inside
+def _quantizable(model: Any) -> set[str]:
+    """Weights of the language model's linear layers; the output head stands outside of it."""
+    decoder = model.get_decoder()
+    (prefix,) = (name for name, module in model.named_modules() if module is decoder)
+    layers = (name for name, m in decoder.named_modules() if isinstance(m, nn.Linear))
+    return {f"{prefix}.{name}.weight" for name in layers}
 
 
 def _refuse(model: Any, missing: set[str], found: _Found, source: str) -> None:

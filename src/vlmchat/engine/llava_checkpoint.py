@@ -102,6 +102,7 @@ def _opened(
         processor,
         read_generation_config(source.directory, model),
         limit if isinstance(limit, int) and limit > 0 else None,
+        source.directory,
     )
 
 

@@ -131,7 +131,7 @@ def _fit_rows(base: torch.Tensor, own: torch.Tensor | None, rows: int) -> torch.
         return _resize(base, rows)
     if own.shape[0] >= min(base.shape[0], rows):
         return _resize(own, rows)
-    return torch.cat([_resize(base, rows - own.shape[0]), own.to(base.dtype)])
+    return torch.cat([_resize(base, rows - own.shape[0]), own])
 
 
 def _resize(table: torch.Tensor, rows: int) -> torch.Tensor:

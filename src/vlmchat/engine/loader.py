@@ -62,7 +62,8 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
         raw_config = _read_config(directory)
         opened = _open(directory, raw_config, layout, config, progress)
     if chosen is None and layout in ORIGINALS:
-        name, rule = template_for_checkpoint(directory, raw_config, config.path)
+        settings = opened.tokenizer_directory or directory
+        name, rule = template_for_checkpoint(settings, raw_config, config.path)
         progress(f"prompt format {name}, by {rule}; --conv-mode chooses another")
         chosen = template(name)
     precision = Precision(device, pick_dtype(config.dtype, raw_config, device), config.quantization)

@@ -57,7 +57,7 @@ class Lora:
                 self.replacements[rename(name)] = tensor
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its share of the adapter, in its own dtype; as it is if it has none.
+        """The weight with its share of the adapter, in float32; as it is if it has none.
 
         Raises CheckpointError where shapes do not fit.
         """
@@ -76,7 +76,7 @@ class Lora:
                 f"the adapter {self._source} does not fit {name} of the base ({error}); "
                 "is --model-base the model that it was made from?"
             ) from error
-        return (weight.float() + change).to(weight.dtype)
+        return weight.float() + change
 
     def merged(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """Every tensor, with its share. Raises CheckpointError if a layer finds no weight."""

@@ -16,18 +16,6 @@ import torch
 from torch import nn
 
 
-def quantize(model: Any, kind: str, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Quantise `model.language_model` in place and move it to `device`.
-
-    For models that transformers has read whole. kind: see `quantized`.
-    """
-    language_model = model.model.language_model
-    for name, linear in list(language_model.named_modules()):
-        if isinstance(linear, nn.Linear):
-            replacement = quantized(linear, linear.weight.data, kind, device, compute_dtype)
-            language_model.set_submodule(name, replacement)
-
-
 def quantized(
     linear: nn.Linear,
     weight: torch.Tensor,

@@ -161,7 +161,8 @@ def template_for_checkpoint(
 ) -> tuple[str, str]:
     """The name of LLaVA's template for a checkpoint in LLaVA's own layout, and the rule why.
 
-    By its config and its tokenizer's where these can tell; by its name as the last resort.
+    directory: of its tokenizer, which may be its base's. By its config and its tokenizer's where
+    these can tell; by its name as the last resort.
     """
     if language_model(config) == "mistral":
         return "mistral_instruct", "the Mistral language model in config.json"
