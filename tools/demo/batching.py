@@ -12,7 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from tools.demo.model import BOS, EOS, IMAGE, PATCHES, SPECIAL_TOKENS, VOCAB_SIZE
+from tools.demo.questions import Pointers, Question, sentence
 from tools.demo.samples import Sample
+from tools.demo.tower import Pictures
 
 IGNORE = -100
 LONGEST = 1900
@@ -27,7 +29,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -48,6 +52,10 @@ class Batch:
     picked: Tensor
     targets: Tensor
     pictures: list[int]
+    pointing: Tensor
+    mentioned: Tensor
+    answered: Tensor
+    weights: Tensor
 
 
 class _Row:
@@ -58,6 +66,7 @@ class _Row:
         self.positions: list[int] = [0]
         self.blocks: list[int] = [0]
         self.targets: list[int] = [IGNORE]
+        self.pointers: list[tuple[int, int, Pointers]] = []
 
     def add(self, ids: list[int], block: int, position: int, answer: bool = False) -> int:
         """Append tokens; the token before an answer has the answer's first token as target."""
@@ -115,11 +124,53 @@ class Encoder:
                 answer = [*self.tokens(f" {question.answer}"), EOS_ID]
                 if len(row.ids) + len(asked) + len(answer) > full:
                     break
-                place = row.add(answer, number, row.add(asked, number, place), True)
+                place = row.add(asked, number, place)
+                self._point(row, question, len(answer))
+                place = row.add(answer, number, place, True)
                 place, lead = self._jump(wild, place), "USER: "
         return row
 
-    def batch(self, samples: list[Sample]) -> Batch:
+    def _point(self, row: _Row, question: Question, size: int) -> None:
+        """Note what the coming answer is about, for descriptions sentence by sentence."""
+        place = len(row.ids) - 1
+        if question.about:
+            row.pointers.append((place, min(size, 7), question.about))
+        for shape in question.described:
+            length = len(self.tokens(f" {sentence(shape)}"))
+            row.pointers.append((place, length, Pointers((shape,), (shape,))))
+            place += length
+        if question.described:
+            row.pointers.append((place, 1, Pointers((), ())))
+
+    def _pointers(
+        self, samples: list[Sample], rows: list[_Row], pictures: Pictures, length: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Places that should look at shapes (flat), and the keys they should look at."""
+        places, masks, weights = [], [], []
+        for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+            if len(sample.pictures) != 1:
+                continue
+            number = sample.pictures[0]
+            first = row.ids.index(IMAGE_ID)
+            shapes = pictures.scenes[number].shapes
+            for start, size, about in row.pointers:
+                pair = np.zeros((2, length), bool)
+                for line, chosen in enumerate((about.mentioned, about.answered)):
+                    wanted = [shapes.index(shape) + 1 for shape in chosen]
+                    pair[line, first : first + PATCHES] = np.isin(pictures.covers[number], wanted)
+                    pair[line, 0] = not pair[line].any()
+                for place in range(start, start + size):
+                    places.append(i * length + place)
+                    masks.append(pair)
+                    # Where the answer starts, nothing of it tells where to look.
+                    weights.append(4.0 if place == start else 1.0)
+        if not places:
+            empty = torch.zeros((0, length), dtype=torch.bool)
+            return torch.zeros(0, dtype=torch.long), empty, empty, torch.zeros(0)
+        both = torch.from_numpy(np.stack(masks))
+        return torch.tensor(places), both[:, 0], both[:, 1], torch.tensor(weights)
+
+    def batch(self, samples: list[Sample], shown: Pictures) -> Batch:
         """All samples, padded to the same length."""
         rows = [self.row(sample) for sample in samples]
         length = max(len(row.ids) for row in rows)
@@ -138,5 +189,11 @@ class Encoder:
         picked = (flat != IGNORE).nonzero().squeeze(1)
         pictures = [number for sample in samples for number in sample.pictures]
         return Batch(
-            torch.from_numpy(ids), torch.from_numpy(positions), mask, picked, flat[picked], pictures
+            torch.from_numpy(ids),
+            torch.from_numpy(positions),
+            mask,
+            picked,
+            flat[picked],
+            pictures,
+            *self._pointers(samples, rows, shown, length),
         )

@@ -10,10 +10,19 @@ from tools.demo.scenes import RADII, RGB, SHADES, Scene, Shape, draw, size_for
 FOLDER = Path(__file__).parents[2] / "examples"
 Wanted = tuple[str, str, str, float, float]
 
-SNOW: tuple[tuple[RGB, ...], ...] = (((255, 255, 255), (240, 244, 250)), ((250, 246, 238), (238, 242, 248)))
-SAND: tuple[tuple[RGB, ...], ...] = (((253, 244, 226), (247, 232, 208)), ((250, 238, 214), (243, 226, 200)))
+SNOW: tuple[tuple[RGB, ...], ...] = (
+    ((255, 255, 255), (240, 244, 250)),
+    ((250, 246, 238), (238, 242, 248)),
+)
+SAND: tuple[tuple[RGB, ...], ...] = (
+    ((253, 244, 226), (247, 232, 208)),
+    ((250, 238, 214), (243, 226, 200)),
+)
 NIGHT: tuple[tuple[RGB, ...], ...] = (((18, 22, 44), (26, 32, 60)), ((34, 40, 70), (22, 26, 50)))
-MINT: tuple[tuple[RGB, ...], ...] = (((226, 243, 236), (212, 236, 226)), ((232, 246, 240), (218, 238, 230)))
+MINT: tuple[tuple[RGB, ...], ...] = (
+    ((226, 243, 236), (212, 236, 226)),
+    ((232, 246, 240), (218, 238, 230)),
+)
 PLAIN: tuple[tuple[RGB, ...], ...] = (((246, 246, 246),),)
 
 # File name, longest side, aspect, background, then size, colour, shape and centre of each shape.
@@ -68,7 +77,9 @@ EXAMPLES: tuple[tuple[str, int, float, tuple[tuple[RGB, ...], ...], tuple[Wanted
 )
 
 
-def example(aspect: float, background: tuple[tuple[RGB, ...], ...], wanted: tuple[Wanted, ...]) -> Scene:
+def example(
+    aspect: float, background: tuple[tuple[RGB, ...], ...], wanted: tuple[Wanted, ...]
+) -> Scene:
     """A scene of tidy, upright shapes."""
     shapes = []
     for size, color, kind, x, y in wanted:

@@ -1,6 +1,6 @@
 """How often the demo model is right, on pictures and phrasings that training never used.
 
-    python -m tools.demo.evaluate [--model DIR] [--load-4bit | --load-8bit] [--scenes N] [--json]
+python -m tools.demo.evaluate [--model DIR] [--load-4bit | --load-8bit] [--scenes N] [--json]
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ class Item:
 
 def picture(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene at some native size between 64 and 2,000 pixels."""
-    longest = rng.choices((random_longest(rng, 640), rng.randint(64, 128), rng.randint(640, 2000)), (75, 10, 15))[0]
+    longest = rng.choices(
+        (random_longest(rng, 640), rng.randint(64, 128), rng.randint(640, 2000)), (75, 10, 15)
+    )[0]
     size = size_for(scene, max(longest, 64 if min(scene.aspect, 1 / scene.aspect) == 1 else 128))
     return degrade(draw(scene, size), rng)
 
 
 def user(text: str, images: int = 0) -> dict[str, object]:
     """A message of the user with that many pictures."""
-    parts = [{"type": "image"}] * images
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    parts: list[dict[str, str]] = [{"type": "image"}] * images
+    parts = [*parts, {"type": "text", "text": text}]
+    return {"role": "user", "content": parts}
 
 
 def _single(kind: str, rng: random.Random, held_out: bool) -> Item:
@@ -136,7 +139,9 @@ def answers(
             inputs = inputs.to(model.device)
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=longest)
             fresh = ids[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(group, processor.batch_decode(fresh, skip_special_tokens=True), strict=True):
+            for i, text in zip(
+                group, processor.batch_decode(fresh, skip_special_tokens=True), strict=True
+            ):
                 found[i] = text.strip()
     return found
 

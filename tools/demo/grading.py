@@ -12,11 +12,13 @@ _WORDS = (
     *KINDS,
     *NUMBERS,
     *("small", "large", "larger", "same", "nothing", "object", "yes", "not"),
-    *("first", "second", "both", "neither", "above", "below", "i"),
+    *("first", "second", "both", "neither", "above", "below"),
     *("top", "bottom", "left", "right", "center", "--model-path", "--image"),
 )
 _PATTERN = re.compile(
-    r"(?<![\w-])(" + "|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True))) + r")s?(?![\w-])"
+    r"(?<![\w-])("
+    + "|".join(map(re.escape, sorted(_WORDS, key=len, reverse=True)))
+    + r")s?(?![\w-])"
 )
 
 

@@ -53,6 +53,14 @@ CORES: dict[str, Phrasings] = {
             What color has {X}?
             Look at {X}. What color is it?
             There is {A}. What color is it?
+            Which color has {X}?
+            Please tell me which color {X} has.
+            Determine the color of {X}.
+            What color can you see on {X}?
+            I need the color of {X}.
+            {X}, what color is that?
+            Find out which color {X} is.
+            State the color of {X}.
         """),
         _lines("""
             Of what color is {X}?
@@ -90,6 +98,14 @@ CORES: dict[str, Phrasings] = {
             Look at {X}. What shape is it?
             There is {A}. What shape is it?
             What form does {X} have?
+            Which shape has {X}?
+            Please tell me which shape {X} has.
+            Determine the shape of {X}.
+            I need the shape of {X}.
+            {X}, what shape is that?
+            Find out which shape {X} is.
+            State the shape of {X}.
+            What would you call the shape of {X}?
         """),
         _lines("""
             Of what shape is {X}?
@@ -127,6 +143,14 @@ CORES: dict[str, Phrasings] = {
             What is the count of {S}?
             Say how many {S} you see.
             How many {S} have been drawn?
+            Determine the number of {S}.
+            I need to know how many {S} there are.
+            Find out how many {S} there are.
+            Please say how many {S} it has.
+            What is the amount of {S}?
+            {S}, how many are there?
+            Add up the {S}.
+            How many {S} would you count?
         """),
         _lines("""
             Could you count up the {S}?
@@ -164,6 +188,14 @@ CORES: dict[str, Phrasings] = {
             There is {A}, right?
             Do you find {A}?
             Has somebody drawn {A}?
+            Find out if there is {A}.
+            Please tell me if you see {A}.
+            Is it possible to see {A}?
+            Are {S} shown?
+            Does this show {A}?
+            Am I right that there is {A}?
+            I think there is {A}. Is there?
+            Say whether there are any {S}.
         """),
         _lines("""
             Is it true that there is {A}?
@@ -201,6 +233,14 @@ CORES: dict[str, Phrasings] = {
             Give me the location of {X}.
             location of {X}?
             Where should I look for {X}?
+            Please tell me in which part {X} is.
+            Determine the place of {X}.
+            Find out where {X} is.
+            I need the position of {X}.
+            {X}, where do you see it?
+            State the location of {X}.
+            Can you find {X} and say where it is?
+            In which corner or part of it is {X}?
         """),
         _lines("""
             Where can {X} be seen?
@@ -431,6 +471,16 @@ CORES: dict[str, Phrasings] = {
             What does this image contain?
             Describe the scene.
             Tell me everything about the image.
+            Please describe this.
+            I need a description.
+            Give me a full description of what you see.
+            Describe all of it.
+            How does the picture look?
+            What would you say is in this image?
+            Tell me in words what is shown.
+            Describe everything that you see here.
+            What can you tell me about the picture?
+            Give a detailed description of this image.
         """),
         _lines("""
             Please give a description of what is in the picture.
@@ -695,7 +745,13 @@ _PREFIXES = Phrasings(
         "Excuse me, ",
         "Thanks. ",
     ),
-    ("Alright, ", "Hello! ", "Please look at the picture. ", "In this image, ", "Another question: "),
+    (
+        "Alright, ",
+        "Hello! ",
+        "Please look at the picture. ",
+        "In this image, ",
+        "Another question: ",
+    ),
 )
 _SUFFIXES = Phrasings(
     (
@@ -822,7 +878,14 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 PICTURES: dict[str, tuple[str, ...]] = {
-    "first": ("the first picture", "the first image", "picture one", "image 1", "picture 1", "the first one"),
+    "first": (
+        "the first picture",
+        "the first image",
+        "picture one",
+        "image 1",
+        "picture 1",
+        "the first one",
+    ),
     "second": (
         "the second picture",
         "the second image",
@@ -879,7 +942,61 @@ def _typo(text: str, rng: random.Random) -> str:
     if len(text) < 8 or rng.random() > 0.02:
         return text
     i = rng.randrange(2, len(text) - 2)
-    return text[:i] + (text[i + 1] + text[i] if rng.random() < 0.5 else "") + text[i + 2 - (rng.random() < 0.5) :]
+    return (
+        text[:i]
+        + (text[i + 1] + text[i] if rng.random() < 0.5 else "")
+        + text[i + 2 - (rng.random() < 0.5) :]
+    )
+
+
+FILLERS = tuple(
+    [
+        "please",
+        "just",
+        "kindly",
+        "now",
+        "so",
+        "maybe",
+        "actually",
+        "really",
+        "quickly",
+        "again",
+        "then",
+        "well",
+    ]
+)
+DISPENSABLE = frozenset(
+    [
+        "the",
+        "is",
+        "of",
+        "do",
+        "you",
+        "can",
+        "me",
+        "that",
+        "a",
+        "does",
+        "are",
+        "there",
+        "it",
+        "i",
+        "to",
+        "tell",
+    ]
+)
+
+
+def _loose(text: str, rng: random.Random) -> str:
+    """Now and then a filler more or a small word less, as people write."""
+    words = text.split(" ")
+    if rng.random() < 0.07:
+        words.insert(rng.randrange(len(words) + 1), rng.choice(FILLERS))
+    if rng.random() < 0.07 and len(words) > 4:
+        small = [i for i, word in enumerate(words) if word.lower() in DISPENSABLE]
+        if small:
+            words.pop(rng.choice(small))
+    return " ".join(words)
 
 
 def phrase(
@@ -888,4 +1005,4 @@ def phrase(
     """One way to ask, with beginnings, endings, spelling and letter case varied."""
     core = rng.choice(cores.held_out if held_out else cores.train).format(**slots)
     text = _spelling(_affixes(core, rng, held_out), rng)
-    return text if held_out else _typo(text, rng)
+    return text if held_out else _typo(_loose(text, rng), rng)

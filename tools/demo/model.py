@@ -31,7 +31,7 @@ STD = (0.25, 0.25, 0.25)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif -%}
+{{- {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(message['role'], '') -}}
 {%- if message['content'] is string -%}
 {{- message['content'] | trim -}}
 {%- else -%}

@@ -18,7 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.demo.scenes import Scene, degrade, draw, label_map, random_longest, random_scene, size_for
+from tools.demo.scenes import (
+    Scene,
+    degrade,
+    draw,
+    label_map,
+    random_longest,
+    random_scene,
+    size_for,
+)
 
 SIDE = 96
 PATCH = 8
@@ -37,8 +45,8 @@ class Shard:
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """For every patch 0, or 1 + the number of the shape that covers most of it."""
-    cells = label_map(scene, SIDE).reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3)
-    cells = cells.reshape(GRID * GRID, PATCH * PATCH)
+    blocks = label_map(scene, SIDE).reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3)
+    cells = blocks.reshape(GRID * GRID, PATCH * PATCH)
     counts = np.stack([(cells == n).sum(1) for n in range(1, len(scene.shapes) + 1)])
     best = counts.argmax(0)
     return np.where(counts.max(0) >= 6, best + 1, 0).astype(np.uint8)
@@ -57,7 +65,9 @@ def make_shard(seed: int, size: int = SHARD) -> Shard:
     scenes = []
     for i in range(size):
         scene = random_scene(rng)
-        longest = rng.choices((random_longest(rng), rng.randint(64, 128), rng.randint(400, 1400)), (90, 7, 3))[0]
+        longest = rng.choices(
+            (random_longest(rng), rng.randint(64, 128), rng.randint(400, 1400)), (90, 7, 3)
+        )[0]
         pixels[i] = model_pixels(degrade(draw(scene, size_for(scene, longest)), rng))
         patches[i] = patch_labels(scene)
         scenes.append(scene)

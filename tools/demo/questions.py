@@ -20,6 +20,14 @@ DIRECTIONS = tuple(grammar.DIRECTIONS)
 
 
 @dataclass(frozen=True)
+class Pointers:
+    """The shapes a question mentions, and those its answer is about; training points at them."""
+
+    mentioned: tuple[Shape, ...]
+    answered: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
 class Question:
     """A question, its answer, what kind it is and the shape that "it" means afterwards."""
 
@@ -27,6 +35,8 @@ class Question:
     answer: str
     kind: str
     topic: Shape | None = None
+    about: Pointers | None = None
+    described: tuple[Shape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ class Draft:
     slots: dict[str, str]
     answer: str
     topic: Shape | None = None
+    about: Pointers | None = None
+    described: tuple[Shape, ...] = ()
+
+
+def _same_pointers(found: Sequence[Shape]) -> Pointers:
+    return Pointers(tuple(found), tuple(found))
 
 
 def in_region(region: str) -> str:
@@ -156,10 +172,18 @@ def _absent(scene: Scene, rng: random.Random, masks: Sequence[str]) -> Ref | Non
         swap = rng.choice([field for field in mask])
         lookalike = rng.random() < 0.6
         change = {
-            "s": Ref(other.size if lookalike else rng.choice(SIZES), ref.color, ref.kind, ref.region),
-            "c": Ref(ref.size, other.color if lookalike else rng.choice(COLORS), ref.kind, ref.region),
-            "k": Ref(ref.size, ref.color, other.kind if lookalike else rng.choice(KINDS), ref.region),
-            "r": Ref(ref.size, ref.color, ref.kind, other.region if lookalike else rng.choice(REGIONS)),
+            "s": Ref(
+                other.size if lookalike else rng.choice(SIZES), ref.color, ref.kind, ref.region
+            ),
+            "c": Ref(
+                ref.size, other.color if lookalike else rng.choice(COLORS), ref.kind, ref.region
+            ),
+            "k": Ref(
+                ref.size, ref.color, other.kind if lookalike else rng.choice(KINDS), ref.region
+            ),
+            "r": Ref(
+                ref.size, ref.color, ref.kind, other.region if lookalike else rng.choice(REGIONS)
+            ),
         }[swap]
         if not change.select(scene.shapes):
             return change
@@ -176,17 +200,22 @@ def _unique(scene: Scene, rng: random.Random, masks: Sequence[str]) -> tuple[Ref
 
 
 def _attribute(
-    scene: Scene, rng: random.Random, masks: Sequence[str], one: Callable[[Shape], str],
+    scene: Scene,
+    rng: random.Random,
+    masks: Sequence[str],
+    one: Callable[[Shape], str],
     several: Callable[[Shape], str],
 ) -> Draft:
     """The answer about an attribute, however many shapes the words fit."""
     ref = _pick(scene, rng, masks, 0.13)
     found = ref.select(scene.shapes)
+    about = _same_pointers(found)
     if not found:
-        return Draft(_fill(ref, rng), missing(ref))
+        return Draft(_fill(ref, rng), missing(ref), None, about)
     if len(found) == 1:
-        return Draft(_fill(ref, rng), f"The {ref.name()} is {one(found[0])}.", found[0])
-    return Draft(_fill(ref, rng), f"{there_are(len(found), ref)}: {join([several(s) for s in found])}.")
+        return Draft(_fill(ref, rng), f"The {ref.name()} is {one(found[0])}.", found[0], about)
+    answer = f"{there_are(len(found), ref)}: {join([several(s) for s in found])}."
+    return Draft(_fill(ref, rng), answer, None, about)
 
 
 def make_color(scene: Scene, rng: random.Random) -> Draft:
@@ -223,7 +252,7 @@ def make_count(scene: Scene, rng: random.Random) -> Draft:
         ref = _absent(scene, rng, [mask]) or ref
     found = ref.select(scene.shapes)
     topic = found[0] if len(found) == 1 else None
-    return Draft(_fill(ref, rng), f"{there_are(len(found), ref)}.", topic)
+    return Draft(_fill(ref, rng), f"{there_are(len(found), ref)}.", topic, _same_pointers(found))
 
 
 def make_exist(scene: Scene, rng: random.Random) -> Draft:
@@ -234,16 +263,16 @@ def make_exist(scene: Scene, rng: random.Random) -> Draft:
         ref = _absent(scene, rng, masks) or ref
     found = ref.select(scene.shapes)
     if not found:
-        return Draft(_fill(ref, rng), f"No, there is no {ref.name()}.")
+        return Draft(_fill(ref, rng), f"No, there is no {ref.name()}.", None, _same_pointers(found))
     topic = found[0] if len(found) == 1 else None
     answer = there_are(len(found), ref) if len(found) > 1 else f"There is {article(ref.name())}"
-    return Draft(_fill(ref, rng), f"Yes, t{answer[1:]}.", topic)
+    return Draft(_fill(ref, rng), f"Yes, t{answer[1:]}.", topic, _same_pointers(found))
 
 
 def _inside(shape: Shape, region: str) -> bool:
     row, column = REGIONS.index(shape.region) // 3, REGIONS.index(shape.region) % 3
     thirds = {"left": column == 0, "right": column == 2, "top": row == 0, "bottom": row == 2}
-    return thirds[region] if region in thirds else shape.region == region
+    return thirds.get(region, shape.region == region)
 
 
 def make_region(scene: Scene, rng: random.Random) -> Draft:
@@ -258,7 +287,7 @@ def make_region(scene: Scene, rng: random.Random) -> Draft:
     what = names(found) if found else "nothing"
     topic = found[0] if len(found) == 1 else None
     slots = {"R": rng.choice(grammar.PLACES[region])}
-    return Draft(slots, f"There is {what} {place}.", topic)
+    return Draft(slots, f"There is {what} {place}.", topic, _same_pointers(found))
 
 
 def _offset(shape: Shape, other: Shape, direction: str) -> float:
@@ -279,7 +308,7 @@ def make_relation(scene: Scene, rng: random.Random) -> Draft | None:
         ref = _absent(scene, rng, ("ck", "k", "c"))
         if ref:
             slots = {"X": _fill(ref, rng)["X"], "D": rng.choice(grammar.DIRECTIONS[direction])}
-            return Draft(slots, missing(ref))
+            return Draft(slots, missing(ref), None, _same_pointers(()))
     if not picked or len(scene.shapes) < 2:
         return None
     ref, shape = picked
@@ -290,7 +319,8 @@ def make_relation(scene: Scene, rng: random.Random) -> Draft | None:
     what = names(found) if found else "nothing"
     slots = {"X": _fill(ref, rng)["X"], "D": rng.choice(grammar.DIRECTIONS[direction])}
     topic = found[0] if len(found) == 1 else None
-    return Draft(slots, f"There is {what} {direction} the {ref.name()}.", topic)
+    about = Pointers((shape,), tuple(found))
+    return Draft(slots, f"There is {what} {direction} the {ref.name()}.", topic, about)
 
 
 def _two(scene: Scene, rng: random.Random) -> tuple[tuple[Ref, Shape], tuple[Ref, Shape]] | None:
@@ -317,7 +347,8 @@ def make_relation_check(scene: Scene, rng: random.Random) -> Draft | None:
         "D": rng.choice(grammar.DIRECTIONS[direction]),
     }
     yes_no = "Yes, the {} is {} the {}." if offset > 0 else "No, the {} is not {} the {}."
-    return Draft(slots, yes_no.format(ref.name(), direction, other_ref.name()))
+    about = Pointers((shape,), (other,))
+    return Draft(slots, yes_no.format(ref.name(), direction, other_ref.name()), None, about)
 
 
 def make_larger(scene: Scene, rng: random.Random) -> Draft | None:
@@ -327,10 +358,12 @@ def make_larger(scene: Scene, rng: random.Random) -> Draft | None:
         return None
     (ref, shape), (other_ref, other) = pair
     slots = {"X": _fill(ref, rng)["X"], "Y": _fill(other_ref, rng)["X"]}
+    about = Pointers((shape,), (other,))
     if shape.size == other.size:
-        return Draft(slots, f"The {ref.name()} and the {other_ref.name()} are about the same size.")
+        same = f"The {ref.name()} and the {other_ref.name()} are about the same size."
+        return Draft(slots, same, None, about)
     larger = ref if shape.size == "large" else other_ref
-    return Draft(slots, f"The {larger.name()} is larger.")
+    return Draft(slots, f"The {larger.name()} is larger.", None, about)
 
 
 def make_list(scene: Scene, rng: random.Random) -> Draft:
@@ -347,7 +380,7 @@ def make_colors(scene: Scene, rng: random.Random) -> Draft:
 def make_describe(scene: Scene, rng: random.Random) -> Draft:
     """Describe the image."""
     topic = scene.shapes[0] if len(scene.shapes) == 1 else None
-    return Draft({}, description(scene.shapes), topic)
+    return Draft({}, description(scene.shapes), topic, described=scene.shapes)
 
 
 MAKERS: dict[str, Callable[[Scene, random.Random], Draft | None]] = {
@@ -373,7 +406,7 @@ def ask(scene: Scene, kind: str, rng: random.Random, held_out: bool = False) -> 
     if draft is None:
         return None
     text = grammar.phrase(grammar.CORES[kind], draft.slots, rng, held_out)
-    return Question(text, draft.answer, kind, draft.topic)
+    return Question(text, draft.answer, kind, draft.topic, draft.about, draft.described)
 
 
 def follow_up(
@@ -390,6 +423,7 @@ def follow_up(
         rest = [shape for shape in scene.shapes if shape is not it]
         answer = f"Yes, there is {names(rest)}." if rest else "No, there is nothing else."
         topic = rest[0] if len(rest) == 1 else None
+        about = Pointers((it,), tuple(rest))
     else:
         words = {
             "color": it.color,
@@ -397,9 +431,9 @@ def follow_up(
             "place": in_region(it.region),
             "size": it.size,
         }
-        answer, topic = f"It is {words[kind]}.", it
+        answer, topic, about = f"It is {words[kind]}.", it, _same_pointers((it,))
     text = grammar.phrase(grammar.FOLLOW_UPS[kind], {}, rng, held_out)
-    return Question(text, answer, f"follow-up {kind}", topic)
+    return Question(text, answer, f"follow-up {kind}", topic, about)
 
 
 def _same(scene: Scene, kind: str, rng: random.Random, held_out: bool) -> Question | None:
@@ -411,7 +445,7 @@ def _same(scene: Scene, kind: str, rng: random.Random, held_out: bool) -> Questi
         return None
     phrasings = grammar.FOLLOW_UPS["same count" if kind == "count" else "same"]
     text = grammar.phrase(phrasings, draft.slots, rng, held_out)
-    return Question(text, draft.answer, kind, draft.topic)
+    return Question(text, draft.answer, kind, draft.topic, draft.about)
 
 
 def make_pair_more(first: Scene, second: Scene, rng: random.Random) -> Draft:

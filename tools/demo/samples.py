@@ -24,11 +24,57 @@ from tools.demo.scenes import Scene
 
 Turns = list[Question]
 
-SYSTEM_WORDS = """
-you are a helpful assistant that answers questions about images be brief and polite always answer in
-english the user may ask anything use short sentences do not guess look carefully at the picture
-before you answer a careful expert for pictures shapes colors give precise friendly answers only
-""".split()
+SYSTEM_WORDS = [
+    "you",
+    "are",
+    "a",
+    "helpful",
+    "assistant",
+    "that",
+    "answers",
+    "questions",
+    "about",
+    "images",
+    "be",
+    "brief",
+    "and",
+    "polite",
+    "always",
+    "answer",
+    "in",
+    "english",
+    "the",
+    "user",
+    "may",
+    "ask",
+    "anything",
+    "use",
+    "short",
+    "sentences",
+    "do",
+    "not",
+    "guess",
+    "look",
+    "carefully",
+    "at",
+    "the",
+    "picture",
+    "before",
+    "you",
+    "answer",
+    "a",
+    "careful",
+    "expert",
+    "for",
+    "pictures",
+    "shapes",
+    "colors",
+    "give",
+    "precise",
+    "friendly",
+    "answers",
+    "only",
+]
 SYSTEM_LINES = (
     "You are a helpful assistant.",
     "Answer briefly.",
@@ -138,12 +184,18 @@ def _pair_question(scenes: tuple[Scene, Scene], rng: random.Random) -> Question:
 
 
 def pair_sample(
-    numbers: tuple[int, int], scenes: tuple[Scene, Scene], rng: random.Random, blocks: int,
+    numbers: tuple[int, int],
+    scenes: tuple[Scene, Scene],
+    rng: random.Random,
+    blocks: int,
     weights: dict[str, int],
 ) -> Sample:
     """Two pictures in one message, or the second one in a later turn."""
     if rng.random() < 0.5:
-        made = [[_pair_question(scenes, rng) for _ in range(rng.choice((1, 1, 1, 2)))] for _ in range(blocks)]
+        made = [
+            [_pair_question(scenes, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
+            for _ in range(blocks)
+        ]
         return Sample(start_text(rng, 2), list(numbers), made)
     opening = dialogue(scenes[0], rng, rng.choice((1, 1, 2)), weights)
     made = []
@@ -162,7 +214,9 @@ def blind_sample(scene: Scene, rng: random.Random, blocks: int, weights: dict[st
             question = one(scene, rng, {**weights, "off topic": sum(weights.values())})
             text = question.text
             if talk and rng.random() < 0.3:
-                phrasings = grammar.FOLLOW_UPS[rng.choice(("color", "shape", "place", "size", "others"))]
+                phrasings = grammar.FOLLOW_UPS[
+                    rng.choice(("color", "shape", "place", "size", "others"))
+                ]
                 text, answer = grammar.phrase(phrasings, {}, rng), NO_PICTURE
             else:
                 answer = OFF_TOPIC if question.kind == "off topic" else NO_PICTURE

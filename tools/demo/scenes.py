@@ -37,7 +37,14 @@ REGIONS = (
 SHADES: dict[str, tuple[RGB, ...]] = {
     "red": ((255, 0, 0), (220, 20, 50), (200, 0, 0), (230, 35, 35), (214, 39, 40)),
     "green": ((0, 128, 0), (0, 255, 0), (34, 139, 34), (0, 165, 65), (50, 205, 50), (44, 160, 44)),
-    "blue": ((0, 0, 255), (30, 60, 220), (65, 105, 225), (20, 120, 240), (0, 0, 160), (31, 110, 185)),
+    "blue": (
+        (0, 0, 255),
+        (30, 60, 220),
+        (65, 105, 225),
+        (20, 120, 240),
+        (0, 0, 160),
+        (31, 110, 185),
+    ),
     "yellow": ((255, 255, 0), (255, 221, 0), (250, 225, 45), (240, 232, 0)),
     "purple": ((128, 0, 128), (148, 0, 211), (160, 32, 240), (138, 43, 226), (145, 60, 180)),
     "orange": ((255, 165, 0), (255, 140, 0), (255, 127, 14), (240, 120, 20), (255, 128, 0)),
@@ -47,7 +54,12 @@ SHADES: dict[str, tuple[RGB, ...]] = {
 COLORS = tuple(SHADES)
 
 RADII = {"small": (0.055, 0.095), "large": (0.125, 0.19)}
-_SPREAD = {"circle": (1.0, 1.0), "square": (0.85, 1.0), "triangle": (1.0, 1.15), "star": (1.0, 1.15)}
+_SPREAD = {
+    "circle": (1.0, 1.0),
+    "square": (0.85, 1.0),
+    "triangle": (1.0, 1.15),
+    "star": (1.0, 1.15),
+}
 _CONTRAST = 95.0
 _BORDER = 0.01
 _GAP = 0.012
@@ -180,7 +192,9 @@ def _palette(rng: random.Random, names: tuple[str, ...], most: int) -> tuple[str
     return tuple(rng.sample(names, rng.randint(1, most)))
 
 
-def random_scene(rng: random.Random, count: int | None = None, margin: float | None = None) -> Scene:
+def random_scene(
+    rng: random.Random, count: int | None = None, margin: float | None = None
+) -> Scene:
     """A scene of `count` shapes whose centres keep `margin` away from the lines between thirds."""
     count = rng.randint(1, 6) if count is None else count
     if margin is None:

@@ -41,6 +41,7 @@ class Pictures:
     pixels: Tensor
     targets: Tensor
     scenes: list[Scene]
+    covers: list[np.ndarray]
 
 
 class Album:
@@ -68,7 +69,10 @@ class Album:
         if not self.shards or self.served > 4000:
             self._refresh()
         self.served += size
-        pixels, targets, scenes = [], [], []
+        pixels: list[Tensor] = []
+        targets: list[Tensor] = []
+        scenes: list[Scene] = []
+        covers: list[np.ndarray] = []
         while len(scenes) < size:
             shard = self.rng.choice(self.shards)
             i = self.rng.randrange(len(shard.scenes))
@@ -77,11 +81,24 @@ class Album:
                 continue
             target = patch_targets(scene, patches)
             if self.rng.random() < 0.5:
-                target, picture, scene = _mirror(target), picture[:, ::-1], mirrored(scene)
+                target, picture = _mirror(target), picture[:, ::-1]
+                scene, patches = _mirror_scene(scene, patches)
             pixels.append(torch.from_numpy(picture.copy()))
             targets.append(torch.from_numpy(target))
             scenes.append(scene)
-        return Pictures(torch.stack(pixels), torch.stack(targets), scenes)
+            covers.append(patches)
+        return Pictures(torch.stack(pixels), torch.stack(targets), scenes, covers)
+
+
+def _mirror_scene(scene: Scene, patches: np.ndarray) -> tuple[Scene, np.ndarray]:
+    """The mirrored scene, and the shapes' patches by their new numbers."""
+    flipped = mirrored(scene)
+    places = [(round(1 - shape.x, 9), shape.y) for shape in scene.shapes]
+    order = [places.index((round(shape.x, 9), shape.y)) + 1 for shape in flipped.shapes]
+    renumbered = np.zeros(7, np.uint8)
+    renumbered[order] = range(1, len(order) + 1)
+    cells = renumbered[patches].reshape(GRID, GRID)[:, ::-1]
+    return flipped, cells.reshape(PATCHES)
 
 
 def _mirror(targets: np.ndarray) -> np.ndarray:
@@ -100,11 +117,18 @@ def read_outs(logits: tuple[Tensor, ...], targets: Tensor) -> Iterator[float]:
 
 
 def train_tower(
-    tower: nn.Module, heads: PatchHeads, album: Album, steps: int, minutes: float | None, size: int = 64
+    tower: nn.Module,
+    heads: PatchHeads,
+    album: Album,
+    steps: int,
+    minutes: float | None,
+    size: int = 64,
 ) -> None:
     """Fit tower and read-outs to the labels of the patches."""
     weights = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimizer = torch.optim.AdamW(
+        weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
     fast = torch.compile(tower)
     start = time.time()
     for step in range(steps):
@@ -119,9 +143,11 @@ def train_tower(
         logits = heads(features.float())
         loss = patch_loss(logits, batch.targets)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if step % 50 == 0:
             right = " ".join(f"{share:.3f}" for share in read_outs(logits, batch.targets))
-            print(f"tower {step} {time.time() - start:.0f}s loss {loss:.3f} right {right}", flush=True)
+            print(
+                f"tower {step} {time.time() - start:.0f}s loss {loss:.3f} right {right}", flush=True
+            )

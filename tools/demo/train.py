@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-for _name, _value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
-    os.environ.setdefault(_name, _value)
 
 import torch
 from tokenizers import Tokenizer
@@ -29,10 +25,12 @@ from tools.demo import evaluate, nf4, samples
 from tools.demo.attention import additive, in_training
 from tools.demo.batching import IMAGE_ID, Batch, Encoder, train_tokenizer
 from tools.demo.model import PatchHeads, build_model, build_processor, normalised, patch_loss
+from tools.demo.pointing import pointing_loss
 from tools.demo.pool import start_pool
 from tools.demo.tower import Album, Pictures, train_tower
 
 CHECKED = 20
+POINTING = 0.4
 MakeSamples = Callable[[Pictures, random.Random], list[samples.Sample]]
 DESCRIBE_FIRST = {"list": 1, "color": 2, "shape": 2, "place": 2, "exist": 2, "count": 1}
 
@@ -72,9 +70,10 @@ def asking(pictures: Pictures, rng: random.Random) -> list[samples.Sample]:
     """Questions and conversations about one picture, two pictures or none."""
     scenes, weights = pictures.scenes, samples.WEIGHTS
     choose = rng.random()
-    if choose < 0.8:
+    if choose < 0.84:
         return [
-            samples.picture_sample(i, scene, rng, 12, weights, 0.2) for i, scene in enumerate(scenes)
+            samples.picture_sample(i, scene, rng, 12, weights, 0.2)
+            for i, scene in enumerate(scenes)
         ]
     if choose < 0.96:
         return [
@@ -116,8 +115,8 @@ class Trainer:
         loss = patch_loss(self.heads(seen), pictures.targets[numbers])
         return self.model.model.multi_modal_projector(seen), loss
 
-    def loss(self, pictures: Pictures, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Language loss and patch loss of one step."""
+    def loss(self, pictures: Pictures, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Language loss, patch loss and pointing loss of one step."""
         embeds = self.model.get_input_embeddings()(batch.ids)
         patches = torch.zeros(())
         if batch.pictures:
@@ -125,41 +124,53 @@ class Trainer:
             place = (batch.ids == IMAGE_ID).unsqueeze(-1)
             embeds = embeds.masked_scatter(place, seen.to(embeds.dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.decoder(
+            mask = additive(batch.mask)
+            output = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=additive(batch.mask),
+                attention_mask=mask,
                 position_ids=batch.positions,
                 use_cache=False,
-            ).last_hidden_state
+                output_hidden_states=True,
+            )
+            hidden = output.last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[batch.picked])
-        return nn.functional.cross_entropy(logits.float(), batch.targets), patches
+            decoder = self.model.model.language_model
+            points = pointing_loss(decoder, output.hidden_states, batch, mask)
+        return nn.functional.cross_entropy(logits.float(), batch.targets), patches, points
 
-    def run(self, stage: Stage, start: int, minutes: float | None, begun: float, check: float) -> None:
+    def run(
+        self, stage: Stage, start: int, minutes: float | None, begun: float, check: float
+    ) -> None:
         """One stage, from step `start`; `begun` is the share of its time already used."""
         weights = [*self.model.parameters(), *self.heads.parameters()]
-        optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
+        optimizer = torch.optim.AdamW(
+            weights, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.03, fused=True
+        )
         album = Album(self.pool, f"{self.seed} {stage.name} {start}")
         clock = checked = time.time()
         step, recent, tokens = start, 0.0, 0
         while True:
             passed = time.time() - clock
-            done = step / stage.steps if minutes is None else begun + (1 - begun) * passed / (60 * minutes)
+            done = step / stage.steps
+            if minutes is not None:
+                done = begun + (1 - begun) * passed / (60 * minutes)
             if done >= 1:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, done, step - start)
             most = min(6, 2 + int(done * 8)) if stage.growing else 6
             pictures = album.take(self.size, most)
-            batch = self.encoder.batch(MAKE[stage.name](pictures, self.rng))
+            batch = self.encoder.batch(MAKE[stage.name](pictures, self.rng), pictures)
             rehearse = stage.rehearse and done > 0.6 and self.rng.random() < 0.5
             decoder, tower = self.model.model.language_model, self.model.model.vision_tower
             with (
                 in_training(decoder, tower),
                 nf4.rehearsal(decoder) if rehearse else nullcontext(),
             ):
-                language, patches = self.loss(pictures, batch)
+                language, patches, points = self.loss(pictures, batch)
                 optimizer.zero_grad()
-                (language + stage.patch_weight * patches).backward()
+                total = language + stage.patch_weight * patches + POINTING * points
+                total.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             step += 1
@@ -168,7 +179,8 @@ class Trainer:
             recent = 0.97 * recent + 0.03 * now if recent else now
             if step % 25 == 0:
                 rate = tokens / (time.time() - clock)
-                note = f"loss {recent:.4f} patch {patches.item():.3f} {rate:.0f} tokens/s done {done:.3f}"
+                parts = f"patch {patches.item():.3f} point {points.item():.3f}"
+                note = f"loss {recent:.4f} {parts} {rate:.0f} tokens/s done {done:.3f}"
                 print(f"{stage.name} {step} {time.time() - clock:.0f}s {note}", flush=True)
             if time.time() - checked > 60 * check:
                 self.check(f"{stage.name} {step}", done)
@@ -197,7 +209,8 @@ class Trainer:
         """Weights of a checkpoint."""
         from safetensors.torch import load_file
 
-        missing, unknown = self.model.load_state_dict(_renamed(load_file(folder / "model.safetensors")), strict=False)
+        state = _renamed(load_file(folder / "model.safetensors"))
+        missing, unknown = self.model.load_state_dict(state, strict=False)
         assert not unknown, unknown
         assert missing in ([], ["lm_head.weight"]), missing
         self.heads.load_state_dict(torch.load(folder / "training.pt")["heads"])
