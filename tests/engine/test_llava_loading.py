@@ -239,7 +239,6 @@ print(json.dumps(max(seen) - start))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("quantization", "share"), [("", 1.3), ("4bit", 0.75), ("8bit", 0.9)])
 def test_loading_takes_the_final_weights_and_one_shard(
