@@ -26,6 +26,7 @@ from tests.original import (
 )
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine
+from vlmchat.engine.lora import bare_name
 from vlmchat.errors import CheckpointError, ConfigError, ModelNotFound, VlmchatError
 
 LAYERS = [
@@ -142,6 +143,12 @@ def test_template_is_told_by_the_tokenizer_of_the_base(tmp_path: Path) -> None:
     loaded = load(made.directory, base=str(tmp_path / "base"), conv_mode=None)
     assert loaded.template is not None
     assert loaded.template.name == "chatml_direct"
+
+
+@pytest.mark.parametrize("wrapping", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_wrappings_of_peft_are_taken_from_a_name(wrapping: str) -> None:
+    assert bare_name(f"base_model.model.model.norm{wrapping}.weight") == "model.norm.weight"
+    assert bare_name(f"base_model.model.lm_head{wrapping}.weight") == "lm_head.weight"
 
 
 def test_lora_without_a_base_says_what_to_give(tmp_path: Path) -> None:

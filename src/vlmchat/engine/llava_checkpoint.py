@@ -61,7 +61,7 @@ def open_original(
     Raises UnsupportedModel, CheckpointError, ConfigError, and what `find_checkpoint` raises.
     """
     check_original(config, name)
-    source = _source(directory, layout, name, base, progress)
+    source = _source(directory, config, layout, name, base, progress)
     inside = bool(config.get("unfreeze_mm_vision_tower")) and has_tower(
         source.files, source.overlay
     )
@@ -107,7 +107,12 @@ def _opened(
 
 
 def _source(
-    directory: Path, layout: Layout, name: str, base: str | None, progress: Progress
+    directory: Path,
+    config: Mapping[str, Any],
+    layout: Layout,
+    name: str,
+    base: str | None,
+    progress: Progress,
 ) -> _Source:
     if layout is Layout.ORIGINAL:
         if base is not None:
@@ -118,6 +123,9 @@ def _source(
         return _Source(directory, files, {}, None)
     base = base or _named_base(directory, layout, name)
     progress(f"{name} goes on top of the base {base}")
+    # The base is large: first what is needed of the tower in any case.
+    own_tower = bool(config.get("unfreeze_mm_vision_tower"))
+    find_tower(config["mm_vision_tower"], directory, progress, weights=not own_tower)
     base_directory = find_checkpoint(base, None, progress, as_base=True)
     files = model_files(base_directory)
     check_names(files, f"the base {base}")
