@@ -218,6 +218,16 @@ def test_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "./no/such/base" in error.message
 
 
+def test_base_that_a_lora_names_and_that_is_not_there_may_be_another(tmp_path: Path) -> None:
+    made = make_lora(tmp_path / "01", make_base(tmp_path / "base"))
+    named = {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "/home/trainer/vicuna"}
+    write_json(made.directory / "adapter_config.json", **named)
+    error = load_error(made.directory)
+    assert isinstance(error, ModelNotFound)
+    assert "/home/trainer/vicuna" in error.message
+    assert "--model-base" in error.message
+
+
 def test_base_in_another_layout_is_refused(tmp_path: Path) -> None:
     made = make_projector(tmp_path / "01", make_base(tmp_path / "base"), {})
     (file,) = (tmp_path / "base").glob("*.index.json")

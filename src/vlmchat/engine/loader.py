@@ -22,7 +22,7 @@ from vlmchat.engine.adapters import base_of, read_adapter
 from vlmchat.engine.assemble import Opened, Precision, assemble
 from vlmchat.engine.checkpoint import Layout, layout_of
 from vlmchat.engine.hf_checkpoint import open_hugging_face
-from vlmchat.engine.hub import find_checkpoint, read_config
+from vlmchat.engine.hub import find_base, find_checkpoint, read_config
 from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory, memory_errors
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec, unapplied
@@ -107,7 +107,7 @@ def _open_adapter(
     """A PEFT adapter on a base in transformers' layout: the base's config, and both as one."""
     base = config.base or base_of(directory)
     progress(f"{config.path} goes on top of the base {base}")
-    base_directory = find_checkpoint(base, None, progress)
+    base_directory = find_base(base, None if config.base else config.path, progress)
     raw_config = _read_config(base_directory)
     check_config(raw_config, base)
     if is_original(raw_config):
