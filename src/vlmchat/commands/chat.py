@@ -113,7 +113,7 @@ def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
     def show(stage: str) -> None:
         if stage.startswith(("downloading", "note: ")):  # to stay; a download draws its own bar
             status.stop()
-            err.print(stage, markup=False)
+            err.print(stage, markup=False, soft_wrap=True)
         elif _somebody_watches():
             status.update(escape(stage))
             status.start()
