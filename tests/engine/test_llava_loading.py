@@ -124,6 +124,15 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     assert "pytorch_model-00002-of-00002.bin" in load_error(made.directory).message
 
 
+def test_missing_shards_are_named_where_a_projector_lies_beside_them(tmp_path: Path) -> None:
+    """As in the released LLaVA-1.5: not to be taken for a checkpoint of a projector only."""
+    made = make_original(tmp_path / "01", weights="shards")
+    (made.directory / "mm_projector.bin").write_bytes(b"")
+    for shard in made.directory.glob("pytorch_model-*.bin"):
+        shard.unlink()
+    assert "pytorch_model-00001" in load_error(made.directory).message
+
+
 class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return (exec, ("import builtins; builtins.sprung = True",))

@@ -53,6 +53,7 @@ PRECISIONS: Mapping[str, tuple[int, str | None]] = {
     "4bit": (2, "4bit"),
 }
 
+_INDEX = re.compile(r"(pytorch_)?model\.(bin|safetensors)\.index\.json")
 _IN_LAYER = re.compile(r"(.*\b(?:layers|blocks))\.(\d+)\.(.+)")
 
 
@@ -99,7 +100,8 @@ class Checkpoint:
 def layout_of(directory: Path, config: Mapping[str, Any]) -> Layout:
     """Told by the config and the files that are there, never by a name."""
     here = {file.name for file in directory.iterdir()}
-    whole = bool(weight_files(here))
+    # Shards that an index names belong to a whole model, also where they have not arrived.
+    whole = bool(weight_files(here)) or any(_INDEX.fullmatch(name) for name in here)
     original = is_original(config)
     if not whole and here.intersection(ADAPTERS):
         return Layout.ORIGINAL_LORA if original or LORA_REST in here else Layout.ADAPTER
