@@ -250,7 +250,7 @@ def test_load_refuses_a_config_with_a_value_of_a_wrong_kind(copy: Path) -> None:
 def test_load_says_so_when_memory_runs_out_meanwhile(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def place(*_: object) -> None:
+    def place(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
 
     monkeypatch.setattr("vlmchat.engine.assemble._place", place)
