@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
 from tests.commands.conftest import Cli
+from tests.fakes import ScriptedBackend
+from vlmchat.config import ModelConfig
+from vlmchat.engine.engine import Engine
 from vlmchat.errors import OutOfMemory
 from vlmchat.request import SamplingParams
 
@@ -22,6 +26,20 @@ def test_chat_says_on_stderr_that_an_answer_was_cut(cli: Cli) -> None:
     run = cli("chat", "-p", "a b c", "--max-new-tokens", "3")
     assert run.out == "You said: a\n"
     assert run.err == "(cut at --max-new-tokens 3)\n"
+
+
+def test_chat_leaves_notes_of_loading_on_stderr_in_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = "note: " + "x " * 100 + "end"
+
+    def load(config: ModelConfig, progress: Callable[[str], None]) -> ScriptedBackend:
+        progress("loading")
+        progress(note)
+        return cli.backend
+
+    monkeypatch.setattr(Engine, "load", load)
+    assert cli("chat", "--model-path", "demo", "-p", "hi").err.splitlines() == [note]
 
 
 def test_chat_asks_one_turn_after_the_other_when_prompts_are_repeated(cli: Cli, png: str) -> None:

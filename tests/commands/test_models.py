@@ -218,6 +218,20 @@ def test_image_tokens_are_those_of_the_original(
     assert image_tokens(ORIGINAL | {"image_grid_pinpoints": grids} | config, vision) == tokens
 
 
+@pytest.mark.parametrize("value", [None, 5, "5", "(", [1, 2], [["a", "b"]], True])
+@pytest.mark.parametrize(
+    "key", ["image_grid_pinpoints", "text_config", "vision_config", "architectures", "model_type"]
+)
+def test_odd_values_in_a_config_are_no_reason_to_fail(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    from vlmchat.engine.checkpoint import inspect
+
+    config = ORIGINAL | {"image_aspect_ratio": "anyres", key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect(tmp_path, "x").image_tokens is None
+
+
 def test_models_show_names_a_model_that_is_not_here(cli: Cli, hub: FakeHub) -> None:
     run = cli("models", "show", "who/model")
     assert (run.code, run.out) == (72, "")

@@ -182,6 +182,15 @@ def test_download_does_not_begin_when_the_tower_cannot_be_had(hub: FakeHub) -> N
     assert hub.gets("pytorch_model.bin") == []
 
 
+def test_base_is_not_downloaded_when_the_tower_cannot_be_had(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("who/base", config__json=CONFIG, pytorch_model__bin=WEIGHTS)
+    (tmp_path / "config.json").write_bytes(ORIGINAL)
+    (tmp_path / "mm_projector.bin").write_bytes(WEIGHTS)
+    with pytest.raises(ModelNotFound, match="who/tower"):
+        Engine.load(ModelConfig(str(tmp_path), base="who/base", device="cpu"))
+    assert hub.gets("pytorch_model.bin") == []
+
+
 def test_find_names_the_model_when_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(monkeypatch)
     error = error_of("who/model")

@@ -26,6 +26,7 @@ from tests.original import (
 )
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine
+from vlmchat.engine.lora import bare_name
 from vlmchat.errors import CheckpointError, ConfigError, ModelNotFound, VlmchatError
 
 LAYERS = [
@@ -144,6 +145,12 @@ def test_template_is_told_by_the_tokenizer_of_the_base(tmp_path: Path) -> None:
     assert loaded.template.name == "chatml_direct"
 
 
+@pytest.mark.parametrize("wrapping", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_wrappings_of_peft_are_taken_from_a_name(wrapping: str) -> None:
+    assert bare_name(f"base_model.model.model.norm{wrapping}.weight") == "model.norm.weight"
+    assert bare_name(f"base_model.model.lm_head{wrapping}.weight") == "lm_head.weight"
+
+
 def test_lora_without_a_base_says_what_to_give(tmp_path: Path) -> None:
     made = make_lora(tmp_path / "01", make_base(tmp_path / "base"))
     error = load_error(made.directory)
@@ -209,6 +216,16 @@ def test_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     error = load_error(made.directory, base="./no/such/base")
     assert isinstance(error, ModelNotFound)
     assert "./no/such/base" in error.message
+
+
+def test_base_that_a_lora_names_and_that_is_not_there_may_be_another(tmp_path: Path) -> None:
+    made = make_lora(tmp_path / "01", make_base(tmp_path / "base"))
+    named = {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "/home/trainer/vicuna"}
+    write_json(made.directory / "adapter_config.json", **named)
+    error = load_error(made.directory)
+    assert isinstance(error, ModelNotFound)
+    assert "/home/trainer/vicuna" in error.message
+    assert "--model-base" in error.message
 
 
 def test_base_in_another_layout_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,15 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     assert "pytorch_model-00002-of-00002.bin" in load_error(made.directory).message
 
 
+def test_missing_shards_are_named_where_a_projector_lies_beside_them(tmp_path: Path) -> None:
+    """As in the released LLaVA-1.5: not to be taken for a checkpoint of a projector only."""
+    made = make_original(tmp_path / "01", weights="shards")
+    (made.directory / "mm_projector.bin").write_bytes(b"")
+    for shard in made.directory.glob("pytorch_model-*.bin"):
+        shard.unlink()
+    assert "pytorch_model-00001" in load_error(made.directory).message
+
+
 class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return (exec, ("import builtins; builtins.sprung = True",))
@@ -195,6 +204,12 @@ def test_progress_tells_every_hundredth_of_the_tensors(tmp_path: Path) -> None:
             {}, {"added_tokens_decoder": {"7": "<|im_start|>"}}, "01", "chatml_direct", id="yi"
         ),
         pytest.param({"mm_projector_type": "mlp2x_gelu"}, {}, "01", "llava_v1", id="projector"),
+        pytest.param(
+            {"mm_projector_type": "mlp2x_gelu"}, {}, "not-mistral-prompted", "llava_v1", id="llama"
+        ),
+        pytest.param(
+            {"mm_projector_type": "mlp2x_gelu"}, {}, "v1.6-34b", "chatml_direct", id="34b"
+        ),
         pytest.param({}, {}, "llava-llama-2-13b", "llava_llama_2", id="by-name"),
         pytest.param({}, {}, "LLaVA-7B-v0", "llava_v0", id="by-nothing"),
     ],
@@ -211,7 +226,23 @@ def test_template_that_was_guessed_is_said_aloud(tmp_path: Path) -> None:
     stages: list[str] = []
     loaded = load_model(ModelConfig(str(made.directory), device="cpu"), stages.append)
     assert ("template", "llava_v1") in loaded.status.details
+    assert (
+        "prompt format by",
+        "the projector of LLaVA-1.5 in config.json",
+    ) in loaded.status.details
     assert any("llava_v1" in stage and "--conv-mode" in stage for stage in stages)
+    assert not any(stage.startswith("note: ") for stage in stages)
+
+
+def test_template_by_name_and_settings_that_are_not_applied_are_notes(tmp_path: Path) -> None:
+    made = make_original(tmp_path / "llava-llama-2")
+    write_json(made.directory / "generation_config.json", eos_token_id=2, repetition_penalty=1.05)
+    stages: list[str] = []
+    loaded = load_model(ModelConfig(str(made.directory), device="cpu"), stages.append)
+    notes = [stage for stage in stages if stage.startswith("note: ")]
+    assert ["llava_llama_2" in notes[0], "'llama-2' in the name" in notes[0]] == [True, True]
+    assert notes[1:] == ["note: repetition_penalty 1.05 in generation_config.json is not applied"]
+    assert ("not applied", "repetition_penalty 1.05") in loaded.status.details
 
 
 MEASURE = """
@@ -239,7 +270,6 @@ print(json.dumps(max(seen) - start))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("quantization", "share"), [("", 1.3), ("4bit", 0.75), ("8bit", 0.9)])
 def test_loading_takes_the_final_weights_and_one_shard(

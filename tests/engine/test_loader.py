@@ -202,6 +202,12 @@ def test_load_refuses_another_family(copy: Path) -> None:
     assert isinstance(load_error(ModelConfig(str(copy))), UnsupportedModel)
 
 
+def test_converted_checkpoint_that_keeps_keys_of_the_original_loads(tiny: Path, copy: Path) -> None:
+    edit_config(copy, mm_vision_tower="openai/clip-vit-large-patch14-336", mm_hidden_size=1024)
+    config = ModelConfig(str(tiny), device="cpu")
+    assert answer(replace(config, path=str(copy))) == answer(config)
+
+
 def test_load_names_missing_tensors(copy: Path) -> None:
     name = "multi_modal_projector.linear_1.weight"
     edit_weights(copy, lambda tensors: tensors.pop(name))
@@ -244,7 +250,7 @@ def test_load_refuses_a_config_with_a_value_of_a_wrong_kind(copy: Path) -> None:
 def test_load_says_so_when_memory_runs_out_meanwhile(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def place(*_: object) -> None:
+    def place(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
 
     monkeypatch.setattr("vlmchat.engine.assemble._place", place)

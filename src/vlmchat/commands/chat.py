@@ -111,9 +111,9 @@ def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
     status = err.status("starting")
 
     def show(stage: str) -> None:
-        if stage.startswith("downloading"):  # the hub's client draws bars of its own
+        if stage.startswith(("downloading", "note: ")):  # to stay; a download draws its own bar
             status.stop()
-            err.print(stage, markup=False)
+            err.print(stage, markup=False, soft_wrap=True)
         elif _somebody_watches():
             status.update(escape(stage))
             status.start()

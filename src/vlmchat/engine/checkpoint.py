@@ -53,6 +53,7 @@ PRECISIONS: Mapping[str, tuple[int, str | None]] = {
     "4bit": (2, "4bit"),
 }
 
+_INDEX = re.compile(r"(pytorch_)?model\.(bin|safetensors)\.index\.json")
 _IN_LAYER = re.compile(r"(.*\b(?:layers|blocks))\.(\d+)\.(.+)")
 
 
@@ -99,7 +100,8 @@ class Checkpoint:
 def layout_of(directory: Path, config: Mapping[str, Any]) -> Layout:
     """Told by the config and the files that are there, never by a name."""
     here = {file.name for file in directory.iterdir()}
-    whole = bool(weight_files(here))
+    # Shards that an index names belong to a whole model, also where they have not arrived.
+    whole = bool(weight_files(here)) or any(_INDEX.fullmatch(name) for name in here)
     original = is_original(config)
     if not whole and here.intersection(ADAPTERS):
         return Layout.ORIGINAL_LORA if original or LORA_REST in here else Layout.ADAPTER
@@ -107,7 +109,7 @@ def layout_of(directory: Path, config: Mapping[str, Any]) -> Layout:
         return Layout.PROJECTOR_ONLY
     if original:
         return Layout.ORIGINAL
-    return Layout.HUGGING_FACE if config.get("model_type") in FAMILIES else Layout.UNKNOWN
+    return Layout.HUGGING_FACE if str(config.get("model_type")) in FAMILIES else Layout.UNKNOWN
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -189,12 +191,13 @@ def image_tokens(config: Mapping[str, Any], tower: Mapping[str, Any]) -> tuple[i
 
     tower: the config of the vision tower where it is a model of its own.
     """
-    if "mm_tokens_per_image" in config:  # Gemma 3
+    if isinstance(config.get("mm_tokens_per_image"), int):  # Gemma 3
         return (config["mm_tokens_per_image"],) * 2
     original = is_original(config)
     if not original and config.get("model_type") not in ("llava", "llava_next"):
         return None
-    vision = tower.get("vision_config", tower) if original else config.get("vision_config", {})
+    whole = tower if original else config
+    vision = _part(whole, "vision_config") or whole
     size, patch = vision.get("image_size"), vision.get("patch_size")
     if not isinstance(size, int) or not isinstance(patch, int):
         return None
@@ -265,12 +268,18 @@ def _missing_tensors(directory: Path, tensors: Mapping[str, TensorHeader]) -> It
                 yield f"{stack}.{number}.{part} is missing"
 
 
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A config within a config; empty where there is none."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def _num_layers(config: Mapping[str, Any], stack: str) -> int:
     """How many layers the config says a language model has; 0 for a vision tower.
 
     A tower may be cut behind the layer whose features are used.
     """
-    text = config.get("text_config") or config
+    text = _part(config, "text_config") or config
     count = 0 if "vision" in stack or "visual" in stack else text.get("num_hidden_layers")
     return count if isinstance(count, int) else 0
 
@@ -294,7 +303,7 @@ def _hash_like(expected: str, file: Path) -> str:
 
 def _context_length(directory: Path, config: Mapping[str, Any]) -> int | None:
     """The config's; LLaVA's own code cuts prompts at `tokenizer_model_max_length` too."""
-    text = config.get("text_config") or config
+    text = _part(config, "text_config") or config
     limits = [text.get("max_position_embeddings"), config.get("tokenizer_model_max_length")]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
@@ -329,7 +338,10 @@ def _grids(pinpoints: Any, size: int) -> list[tuple[int, int]]:
             pinpoints = ast.literal_eval(pinpoints)
         except (ValueError, SyntaxError):
             return []
-    return [(w // size, h // size) for w, h in pinpoints or ()]
+    try:
+        return [(int(w) // size, int(h) // size) for w, h in pinpoints or ()]
+    except (TypeError, ValueError):
+        return []
 
 
 def _tiled(

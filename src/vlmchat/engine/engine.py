@@ -87,7 +87,7 @@ class Engine:
     def load(
         cls, config: ModelConfig, progress: Callable[[str], None] = lambda stage: None
     ) -> Engine:
-        """Load a model. `progress` is told each stage in words.
+        """Load a model. `progress` is told each stage in words, and what to heed as `note: …`.
 
         Raises ConfigError, ModelNotFound, NetworkError, UnsupportedModel, CheckpointError and
         OutOfMemory (before any weight is read).

@@ -77,6 +77,22 @@ def find_checkpoint(
     return pull(path, revision, progress, as_base=as_base)
 
 
+def find_base(base: str, named_by: str | None, progress: Progress, *, text: bool = False) -> Path:
+    """The directory of another checkpoint's base.
+
+    named_by: the checkpoint, where its files name the base; None where a person did. text: a
+    language model will do. Raises as `find_checkpoint` does.
+    """
+    try:
+        return find_checkpoint(base, None, progress, as_base=text)
+    except ModelNotFound as error:
+        if named_by is None:
+            raise
+        raise ModelNotFound(
+            f"{error.message}; {named_by} names it as its base, --model-base takes another"
+        ) from error
+
+
 def find_tower(name: str, relative_to: Path, progress: Progress, *, weights: bool = True) -> Path:
     """The directory of the vision tower that a checkpoint names in `mm_vision_tower`.
 

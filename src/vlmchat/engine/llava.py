@@ -23,7 +23,9 @@ _INSTEAD = "take --model-path liuhaotian/llava-v1.5-7b or another LLaVA on Llama
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of LLaVA's own making."""
+    """Whether a config.json is of LLaVA's own making; one converted since may keep old keys."""
+    if "text_config" in config and "vision_config" in config:
+        return False
     return (
         "mm_vision_tower" in config
         or "mm_projector_type" in config
@@ -70,4 +72,5 @@ def check_original(config: Mapping[str, Any], name: str) -> None:
 
 
 def _classes(config: Mapping[str, Any]) -> list[str]:
-    return [str(name) for name in config.get("architectures") or ()]
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []

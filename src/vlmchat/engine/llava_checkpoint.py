@@ -16,7 +16,7 @@ import torch
 from vlmchat.engine.assemble import Opened
 from vlmchat.engine.checkpoint import Layout
 from vlmchat.engine.hf_checkpoint import damaged_files, read_generation_config
-from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_checkpoint, find_tower, read_json
+from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_base, find_tower, read_json
 from vlmchat.engine.llava import check_original, language_model
 from vlmchat.engine.llava_config import read_pictures, read_tokens, read_vision, translate
 from vlmchat.engine.llava_model import OriginalLlava
@@ -58,10 +58,10 @@ def open_original(
 ) -> Opened:
     """name: what messages call the checkpoint.  base: --model-base.
 
-    Raises UnsupportedModel, CheckpointError, ConfigError, and what `find_checkpoint` raises.
+    Raises UnsupportedModel, CheckpointError, ConfigError, and what `find_base` raises.
     """
     check_original(config, name)
-    source = _source(directory, layout, name, base, progress)
+    source = _source(directory, config, layout, name, base, progress)
     inside = bool(config.get("unfreeze_mm_vision_tower")) and has_tower(
         source.files, source.overlay
     )
@@ -107,7 +107,12 @@ def _opened(
 
 
 def _source(
-    directory: Path, layout: Layout, name: str, base: str | None, progress: Progress
+    directory: Path,
+    config: Mapping[str, Any],
+    layout: Layout,
+    name: str,
+    base: str | None,
+    progress: Progress,
 ) -> _Source:
     if layout is Layout.ORIGINAL:
         if base is not None:
@@ -116,9 +121,13 @@ def _source(
         check_names(files, name)
         check_delta(files, name)
         return _Source(directory, files, {}, None)
+    named_by = name if base is None else None
     base = base or _named_base(directory, layout, name)
     progress(f"{name} goes on top of the base {base}")
-    base_directory = find_checkpoint(base, None, progress, as_base=True)
+    # The base is large: first what is needed of the tower in any case.
+    own_tower = bool(config.get("unfreeze_mm_vision_tower"))
+    find_tower(config["mm_vision_tower"], directory, progress, weights=not own_tower)
+    base_directory = find_base(base, named_by, progress, text=True)
     files = model_files(base_directory)
     check_names(files, f"the base {base}")
     if layout is Layout.PROJECTOR_ONLY:

@@ -22,10 +22,10 @@ from vlmchat.engine.adapters import base_of, read_adapter
 from vlmchat.engine.assemble import Opened, Precision, assemble
 from vlmchat.engine.checkpoint import Layout, layout_of
 from vlmchat.engine.hf_checkpoint import open_hugging_face
-from vlmchat.engine.hub import find_checkpoint, read_config
+from vlmchat.engine.hub import find_base, find_checkpoint, read_config
 from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory, memory_errors
-from vlmchat.engine.spec import ModelSpec, check_config, read_spec
+from vlmchat.engine.spec import ModelSpec, check_config, read_spec, unapplied
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
 from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
 from vlmchat.request import Status
@@ -61,18 +61,24 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     else:
         raw_config = _read_config(directory)
         opened = _open(directory, raw_config, layout, config, progress)
-    if chosen is None and layout in ORIGINALS:
+    details = []
+    if layout in ORIGINALS and chosen is None:
         settings = opened.tokenizer_directory or directory
         name, rule = template_for_checkpoint(settings, raw_config, config.path)
-        progress(f"prompt format {name}, by {rule}; --conv-mode chooses another")
+        told = f"prompt format {name}, by {rule}; --conv-mode chooses another"
+        progress(told if "config.json" in rule else f"note: {told}")
+        details.append(("prompt format by", rule))
         chosen = template(name)
+    if ignored := ", ".join(unapplied(opened.generation_config)):
+        progress(f"note: {ignored} in generation_config.json is not applied")
+        details.append(("not applied", ignored))
     precision = Precision(device, pick_dtype(config.dtype, raw_config, device), config.quantization)
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
     with memory_errors(_ADVICE):
         assemble(opened.model, opened.tensors, precision, config.path, counter)
-    return _finish(config, opened, chosen, precision, started)
+    return _finish(config, opened, chosen, precision, started, details)
 
 
 def _open(
@@ -101,7 +107,7 @@ def _open_adapter(
     """A PEFT adapter on a base in transformers' layout: the base's config, and both as one."""
     base = config.base or base_of(directory)
     progress(f"{config.path} goes on top of the base {base}")
-    base_directory = find_checkpoint(base, None, progress)
+    base_directory = find_base(base, None if config.base else config.path, progress)
     raw_config = _read_config(base_directory)
     check_config(raw_config, base)
     if is_original(raw_config):
@@ -120,7 +126,9 @@ def _finish(
     chosen: ConversationTemplate | None,
     precision: Precision,
     started: float,
+    more: list[tuple[str, str]],
 ) -> LoadedModel:
+    """more: details of the status that the caller knows."""
     spec = read_spec(opened.model.config, opened.generation_config, opened.processor)
     if opened.context_limit is not None:
         spec = replace(spec, context_length=min(spec.context_length, opened.context_limit))
@@ -136,7 +144,7 @@ def _finish(
         model=config.path,
         context_length=_context_length(config.context_length, spec),
         load_s=time.perf_counter() - started,
-        details=tuple(details),
+        details=(*details, *more),
     )
     return LoadedModel(opened.model, opened.processor, spec, status, chosen)
 

@@ -24,7 +24,7 @@ _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight"
 def bare_name(name: str) -> str:
     """A tensor's name without the wrappings of PEFT and trainers: `model.layers.0…`, `lm_head…`."""
     name = re.sub(r"^base_model\.", "", name)
-    name = re.sub(r"^(model\.)+", "", name).replace(".modules_to_save", "")
+    name = re.sub(r"^(model\.)+|\.modules_to_save(\.default)?", "", name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 

@@ -62,6 +62,26 @@ FAMILIES = {
 }
 
 
+# What transformers' `generate` would take from a generation config besides end tokens; 0, 1 and
+# nothing at all leave an answer as it is.
+_UNAPPLIED = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "num_beams",
+    "stop_strings",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the engine must know of a model besides its weights.
@@ -99,7 +119,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
         )
     if is_original(config):
         check_original(config, name)
-    elif config.get("model_type") not in FAMILIES:
+    elif str(config.get("model_type")) not in FAMILIES:
         served = f"served are {', '.join(sorted(FAMILIES))}, and LLaVA's own layout"
         if any("ForCausalLM" in str(each) for each in config.get("architectures") or ()):
             raise UnsupportedModel(
@@ -128,6 +148,15 @@ def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
         grid_positions="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         chat_template=None if processor.chat_template else family.chat_template,
     )
+
+
+def unapplied(generation_config: Any) -> list[str]:
+    """Settings of a generation config that change greedy answers too and are not applied here.
+
+    `repetition_penalty 1.05`; those that only say how to sample are the caller's to choose.
+    """
+    found = ((name, getattr(generation_config, name, None)) for name in _UNAPPLIED)
+    return [f"{name} {value}" for name, value in found if value and value != 1]
 
 
 def _ids(value: int | Iterable[int] | None) -> list[int]:

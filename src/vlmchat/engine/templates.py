@@ -123,6 +123,9 @@ _NAME_PARTS = (
     ("", "llava_v0"),
 )
 
+# What a Llama with LLaVA-1.5's projector may have been trained with besides `llava_v1`.
+_ONLY_NAMED = ("llava_llama_2", "chatml_direct")
+
 _TOKENIZER_SIGNS = (
     ("<|im_start|>", "chatml_direct"),
     ("<<SYS>>", "llava_llama_2"),
@@ -172,7 +175,7 @@ def template_for_checkpoint(
         if sign in chat:
             return found, f"{sign} in tokenizer_config.json"
     found, rule = template_for_model(name)
-    if found == _NAME_PARTS[-1][1] and "gelu" in str(config.get("mm_projector_type")):
+    if found not in _ONLY_NAMED and "gelu" in str(config.get("mm_projector_type")):
         return "llava_v1", "the projector of LLaVA-1.5 in config.json"
     return found, rule
 
