@@ -333,6 +333,8 @@ def write_as_original(source: Path, directory: Path) -> Path:
     config.vision_config.save_pretrained(tower)
     torch.save(vision, tower / "pytorch_model.bin")
     pictures = read_processor(source, config).image_processor
+    # LLaVA knows no other way of sizing: the short side, then a crop.
+    pictures.size = {"shortest_edge": config.vision_config.image_size}
     pictures.save_pretrained(tower)
     write_weights(directory, tensors)
     write_json(
