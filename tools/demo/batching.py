@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from tools.demo.model import BOS, EOS, IMAGE, PATCHES, SPECIAL_TOKENS, VOCAB_SIZE
-from tools.demo.questions import Pointers, Question, sentence
+from tools.demo.questions import Pointers, Question
 from tools.demo.samples import Sample
 from tools.demo.tower import Pictures
 
@@ -135,12 +135,10 @@ class Encoder:
         place = len(row.ids) - 1
         if question.about:
             row.pointers.append((place, min(size, 7), question.about))
-        for shape in question.described:
-            length = len(self.tokens(f" {sentence(shape)}"))
-            row.pointers.append((place, length, Pointers((shape,), (shape,))))
+        for text, about in question.spans:
+            length = len(self.tokens(text)) or 1
+            row.pointers.append((place, length, about))
             place += length
-        if question.described:
-            row.pointers.append((place, 1, Pointers((), ())))
 
     def _pointers(
         self, samples: list[Sample], rows: list[_Row], pictures: Pictures, length: int
@@ -148,16 +146,15 @@ class Encoder:
         """Places that should look at shapes (flat), and the keys they should look at."""
         places, masks, weights = [], [], []
         for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-            if len(sample.pictures) != 1:
-                continue
-            number = sample.pictures[0]
-            first = row.ids.index(IMAGE_ID)
-            shapes = pictures.scenes[number].shapes
+            shown = [n for n, token in enumerate(row.ids) if token == IMAGE_ID]
             for start, size, about in row.pointers:
                 pair = np.zeros((2, length), bool)
                 for line, chosen in enumerate((about.mentioned, about.answered)):
-                    wanted = [shapes.index(shape) + 1 for shape in chosen]
-                    pair[line, first : first + PATCHES] = np.isin(pictures.covers[number], wanted)
+                    for k, number in enumerate(sample.pictures):
+                        shapes = pictures.scenes[number].shapes
+                        wanted = [n for n, shape in enumerate(shapes, start=1) if shape in chosen]
+                        cells = np.array(shown[k * PATCHES : (k + 1) * PATCHES])
+                        pair[line, cells[np.isin(pictures.covers[number], wanted)]] = True
                     pair[line, 0] = not pair[line].any()
                 for place in range(start, start + size):
                     places.append(i * length + place)

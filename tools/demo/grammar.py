@@ -61,6 +61,9 @@ CORES: dict[str, Phrasings] = {
             {X}, what color is that?
             Find out which color {X} is.
             State the color of {X}.
+            What color is seen on {X}?
+            Say which color you see for {X}.
+            {X} has which color?
         """),
         _lines("""
             Of what color is {X}?
@@ -106,6 +109,9 @@ CORES: dict[str, Phrasings] = {
             Find out which shape {X} is.
             State the shape of {X}.
             What would you call the shape of {X}?
+            What shape is seen for {X}?
+            Say which shape you see for {X}.
+            {X} has which shape?
         """),
         _lines("""
             Of what shape is {X}?
@@ -151,6 +157,11 @@ CORES: dict[str, Phrasings] = {
             {S}, how many are there?
             Add up the {S}.
             How many {S} would you count?
+            How many {S} are seen?
+            What is the total of all {S}?
+            How many {S} in total?
+            How many {S} are found here?
+            All in all, how many {S} are visible?
         """),
         _lines("""
             Could you count up the {S}?
@@ -196,6 +207,11 @@ CORES: dict[str, Phrasings] = {
             Am I right that there is {A}?
             I think there is {A}. Is there?
             Say whether there are any {S}.
+            Can {A} be found?
+            Does one see {A}?
+            Is {A} to be seen?
+            True or not: there is {A}.
+            Are {S} to be found?
         """),
         _lines("""
             Is it true that there is {A}?
@@ -241,6 +257,11 @@ CORES: dict[str, Phrasings] = {
             State the location of {X}.
             Can you find {X} and say where it is?
             In which corner or part of it is {X}?
+            Where can you see {X}?
+            {X} is seen where?
+            Where is {X} to be found?
+            In what area is {X}?
+            Where does one see {X}?
         """),
         _lines("""
             Where can {X} be seen?
@@ -277,6 +298,9 @@ CORES: dict[str, Phrasings] = {
             Say what you see {R}.
             Which things are {R}?
             Look {R}. What is there?
+            What is seen {R}?
+            What is to be found {R}?
+            Which objects are visible {R}?
         """),
         _lines("""
             What can be found {R}?
@@ -306,6 +330,10 @@ CORES: dict[str, Phrasings] = {
             What is there {D} {X}?
             Do you see anything {D} {X}?
             Say what is {D} {X}.
+            What is seen {D} {X}?
+            What is to be found {D} {X}?
+            Which objects are visible {D} {X}?
+            What has been drawn {D} {X}?
         """),
         _lines("""
             What can be found {D} {X}?
@@ -409,6 +437,9 @@ CORES: dict[str, Phrasings] = {
             Enumerate the shapes.
             shapes?
             List everything.
+            What shapes are seen?
+            Which objects are visible?
+            Which things are to be found?
         """),
         _lines("""
             What objects can be seen?
@@ -433,6 +464,9 @@ CORES: dict[str, Phrasings] = {
             Which colors are shown?
             Give me a list of the colors.
             What are the colors of the objects?
+            What colors are seen?
+            Which colors are to be found?
+            What colors are visible?
         """),
         _lines("""
             What colors can be seen?
@@ -481,6 +515,13 @@ CORES: dict[str, Phrasings] = {
             Describe everything that you see here.
             What can you tell me about the picture?
             Give a detailed description of this image.
+            What is seen here?
+            What do we see?
+            What is visible in the image?
+            Say what is depicted.
+            What can one see in the picture?
+            What is found in this picture?
+            How do you describe it?
         """),
         _lines("""
             Please give a description of what is in the picture.
@@ -493,6 +534,121 @@ CORES: dict[str, Phrasings] = {
         """),
     ),
 }
+
+# What may follow words such as "tell me"; combined with all of REQUESTS for training.
+CLAUSES: dict[str, tuple[str, ...]] = {
+    "color": (
+        "what color {X} is",
+        "which color {X} has",
+        "the color of {X}",
+        "what color is seen on {X}",
+        "how {X} is colored",
+        "what color you see for {X}",
+    ),
+    "shape": (
+        "what shape {X} is",
+        "which shape {X} has",
+        "the shape of {X}",
+        "what kind of shape {X} has",
+        "what {X} is",
+        "what shape you see for {X}",
+    ),
+    "count": (
+        "how many {S} there are",
+        "the number of {S}",
+        "how many {S} are seen",
+        "how many {S} you can see in total",
+        "the total of all {S}",
+        "how many {S} are visible",
+    ),
+    "exist": (
+        "if there is {A}",
+        "whether there is {A}",
+        "if you see any {S}",
+        "whether {A} is visible",
+        "whether {A} can be found",
+        "if it is true that it has {A}",
+    ),
+    "place": (
+        "where {X} is",
+        "where {X} is located",
+        "in which part {X} is seen",
+        "the place of {X}",
+        "where {X} is visible",
+        "in which area {X} is",
+        "where you can see {X}",
+    ),
+    "region": (
+        "what is {R}",
+        "what you see {R}",
+        "which object is found {R}",
+        "what is visible {R}",
+    ),
+    "relation": (
+        "what is {D} {X}",
+        "what you see {D} {X}",
+        "which objects are found {D} {X}",
+        "what is visible {D} {X}",
+    ),
+    "relation check": (
+        "if {X} is {D} {Y}",
+        "whether {X} is {D} {Y}",
+        "if it is true that {X} lies {D} {Y}",
+    ),
+    "size": ("how big {X} is", "what size {X} has", "if {X} is small or large", "the size of {X}"),
+    "larger": (
+        "which is larger, {X} or {Y}",
+        "whether {X} or {Y} is bigger",
+        "which has the bigger size, {X} or {Y}",
+    ),
+    "list": (
+        "which shapes there are",
+        "what objects you see",
+        "the objects as a list",
+        "which things are found",
+    ),
+    "colors": ("which colors there are", "what colors you see", "all the colors"),
+    "describe": (
+        "what is in the picture",
+        "what you see",
+        "what is seen in this image",
+        "about the picture",
+        "what the picture shows",
+        "in detail what is depicted",
+        "everything that is visible",
+    ),
+}
+REQUESTS = (
+    "Tell me",
+    "Please tell me",
+    "Can you tell me",
+    "Could you tell me",
+    "Would you tell me",
+    "Will you say",
+    "Say",
+    "Please say",
+    "I want to know",
+    "I would like to know",
+    "I'd like to hear",
+    "I need to know",
+    "Let me know",
+    "Do you know",
+    "Can you say",
+    "Could you please say",
+    "Please check",
+    "Find out",
+    "Let us see",
+    "Show me that you know",
+    "I ask you",
+    "My question is",
+    "Please answer",
+    "Can you find out",
+    "Could you work out",
+    "Please give me",
+    "Help me and say",
+    "Hello, please tell me",
+)
+
 
 FOLLOW_UPS: dict[str, Phrasings] = {
     "color": Phrasings(
@@ -1000,9 +1156,17 @@ def _loose(text: str, rng: random.Random) -> str:
 
 
 def phrase(
-    cores: Phrasings, slots: dict[str, str], rng: random.Random, held_out: bool = False
+    cores: Phrasings,
+    slots: dict[str, str],
+    rng: random.Random,
+    held_out: bool = False,
+    kind: str = "",
 ) -> str:
     """One way to ask, with beginnings, endings, spelling and letter case varied."""
-    core = rng.choice(cores.held_out if held_out else cores.train).format(**slots)
+    core = rng.choice(cores.held_out if held_out else cores.train)
+    clauses = CLAUSES.get(kind, ())
+    if clauses and not held_out and rng.random() < 0.3:
+        core = f"{rng.choice(REQUESTS)} {rng.choice(clauses)}{rng.choice('?.')}"
+    core = core.format(**slots)
     text = _spelling(_affixes(core, rng, held_out), rng)
     return text if held_out else _typo(_loose(text, rng), rng)

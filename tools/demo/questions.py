@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.demo import grammar
 from tools.demo.grammar import article
@@ -27,6 +27,10 @@ class Pointers:
     answered: tuple[Shape, ...]
 
 
+# Pieces of an answer in order, and what each of them is about.
+Spans = tuple[tuple[str, Pointers], ...]
+
+
 @dataclass(frozen=True)
 class Question:
     """A question, its answer, what kind it is and the shape that "it" means afterwards."""
@@ -36,7 +40,7 @@ class Question:
     kind: str
     topic: Shape | None = None
     about: Pointers | None = None
-    described: tuple[Shape, ...] = ()
+    spans: Spans = ()
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,30 @@ class Draft:
     answer: str
     topic: Shape | None = None
     about: Pointers | None = None
-    described: tuple[Shape, ...] = ()
+    spans: Spans = ()
 
 
 def _same_pointers(found: Sequence[Shape]) -> Pointers:
     return Pointers(tuple(found), tuple(found))
+
+
+def sentence_spans(shapes: Sequence[Shape]) -> Spans:
+    """The sentences of a description."""
+    end = ("", Pointers((), ()))
+    return (*((f" {sentence(shape)}", _same_pointers((shape,))) for shape in shapes), end)
+
+
+def name_spans(
+    lead: str, shapes: Sequence[Shape], tail: str, mentioned: Sequence[Shape] | None = None
+) -> Spans:
+    """The pieces of "There is a red circle, a blue star and a white square in the center."."""
+    spans = []
+    for number, shape in enumerate(shapes):
+        before = lead if number == 0 else " and" if number == len(shapes) - 1 else ","
+        first = (shape,) if mentioned is None else tuple(mentioned)
+        spans.append((f"{before} {noun(shape)}", Pointers(first, (shape,))))
+    rest = Pointers(tuple(mentioned or ()), ())
+    return (*spans, (tail, rest))
 
 
 def in_region(region: str) -> str:
@@ -287,7 +310,9 @@ def make_region(scene: Scene, rng: random.Random) -> Draft:
     what = names(found) if found else "nothing"
     topic = found[0] if len(found) == 1 else None
     slots = {"R": rng.choice(grammar.PLACES[region])}
-    return Draft(slots, f"There is {what} {place}.", topic, _same_pointers(found))
+    about = None if found else _same_pointers(found)
+    spans = name_spans(" There is", found, f" {place}.") if found else ()
+    return Draft(slots, f"There is {what} {place}.", topic, about, spans)
 
 
 def _offset(shape: Shape, other: Shape, direction: str) -> float:
@@ -319,8 +344,10 @@ def make_relation(scene: Scene, rng: random.Random) -> Draft | None:
     what = names(found) if found else "nothing"
     slots = {"X": _fill(ref, rng)["X"], "D": rng.choice(grammar.DIRECTIONS[direction])}
     topic = found[0] if len(found) == 1 else None
-    about = Pointers((shape,), tuple(found))
-    return Draft(slots, f"There is {what} {direction} the {ref.name()}.", topic, about)
+    tail = f" {direction} the {ref.name()}."
+    about = None if found else Pointers((shape,), ())
+    spans = name_spans(" There is", found, tail, (shape,)) if found else ()
+    return Draft(slots, f"There is {what}{tail}", topic, about, spans)
 
 
 def _two(scene: Scene, rng: random.Random) -> tuple[tuple[Ref, Shape], tuple[Ref, Shape]] | None:
@@ -369,7 +396,8 @@ def make_larger(scene: Scene, rng: random.Random) -> Draft | None:
 def make_list(scene: Scene, rng: random.Random) -> Draft:
     """What objects are there?"""
     topic = scene.shapes[0] if len(scene.shapes) == 1 else None
-    return Draft({}, f"There is {names(scene.shapes)}.", topic)
+    spans = name_spans(" There is", scene.shapes, ".")
+    return Draft({}, f"There is {names(scene.shapes)}.", topic, spans=spans)
 
 
 def make_colors(scene: Scene, rng: random.Random) -> Draft:
@@ -380,7 +408,7 @@ def make_colors(scene: Scene, rng: random.Random) -> Draft:
 def make_describe(scene: Scene, rng: random.Random) -> Draft:
     """Describe the image."""
     topic = scene.shapes[0] if len(scene.shapes) == 1 else None
-    return Draft({}, description(scene.shapes), topic, described=scene.shapes)
+    return Draft({}, description(scene.shapes), topic, spans=sentence_spans(scene.shapes))
 
 
 MAKERS: dict[str, Callable[[Scene, random.Random], Draft | None]] = {
@@ -405,8 +433,8 @@ def ask(scene: Scene, kind: str, rng: random.Random, held_out: bool = False) -> 
     draft = MAKERS[kind](scene, rng)
     if draft is None:
         return None
-    text = grammar.phrase(grammar.CORES[kind], draft.slots, rng, held_out)
-    return Question(text, draft.answer, kind, draft.topic, draft.about, draft.described)
+    text = grammar.phrase(grammar.CORES[kind], draft.slots, rng, held_out, kind)
+    return Question(text, draft.answer, kind, draft.topic, draft.about, draft.spans)
 
 
 def follow_up(
@@ -414,6 +442,7 @@ def follow_up(
 ) -> Question | None:
     """A question about "it", about the others, or the same again about something else."""
     it = last.topic
+    spans: Spans = ()
     kind = rng.choice(("color", "shape", "place", "place", "size", "others", "same"))
     if kind == "same" or it is None:
         return _same(scene, last.kind, rng, held_out)
@@ -422,8 +451,9 @@ def follow_up(
     if kind == "others":
         rest = [shape for shape in scene.shapes if shape is not it]
         answer = f"Yes, there is {names(rest)}." if rest else "No, there is nothing else."
+        spans = name_spans(" Yes, there is", rest, ".", (it,)) if rest else ()
         topic = rest[0] if len(rest) == 1 else None
-        about = Pointers((it,), tuple(rest))
+        about = None if rest else Pointers((it,), ())
     else:
         words = {
             "color": it.color,
@@ -433,7 +463,7 @@ def follow_up(
         }
         answer, topic, about = f"It is {words[kind]}.", it, _same_pointers((it,))
     text = grammar.phrase(grammar.FOLLOW_UPS[kind], {}, rng, held_out)
-    return Question(text, answer, f"follow-up {kind}", topic, about)
+    return Question(text, answer, f"follow-up {kind}", topic, about, spans)
 
 
 def _same(scene: Scene, kind: str, rng: random.Random, held_out: bool) -> Question | None:
@@ -453,11 +483,12 @@ def make_pair_more(first: Scene, second: Scene, rng: random.Random) -> Draft:
     shape = rng.choice(rng.choice((first, second)).shapes)
     ref = _mask(shape, rng.choice(("", "k", "k", "c", "ck")))
     counts = [len(ref.select(scene.shapes)) for scene in (first, second)]
-    slots = _fill(ref, rng)
+    slots, about = _fill(ref, rng), _same_pointers(ref.select((*first.shapes, *second.shapes)))
     if counts[0] == counts[1]:
-        return Draft(slots, f"Both pictures have the same number of {ref.name(2)}.")
+        same = f"Both pictures have the same number of {ref.name(2)}."
+        return Draft(slots, same, None, about)
     most = "first" if counts[0] > counts[1] else "second"
-    return Draft(slots, f"The {most} picture has more {ref.name(2)}.")
+    return Draft(slots, f"The {most} picture has more {ref.name(2)}.", None, about)
 
 
 def make_pair_which(first: Scene, second: Scene, rng: random.Random) -> Draft:
@@ -474,7 +505,8 @@ def make_pair_which(first: Scene, second: Scene, rng: random.Random) -> Draft:
         (False, True): f"The second picture has {noun_phrase}.",
         (False, False): f"Neither picture has {noun_phrase}.",
     }
-    return Draft(_fill(ref, rng), answers[has[0], has[1]])
+    about = _same_pointers(ref.select((*first.shapes, *second.shapes)))
+    return Draft(_fill(ref, rng), answers[has[0], has[1]], None, about)
 
 
 def make_pair_difference(first: Scene, second: Scene, rng: random.Random) -> Draft:
@@ -487,7 +519,8 @@ def make_pair_describe(first: Scene, second: Scene, rng: random.Random) -> Draft
     """Describe the second picture."""
     which = rng.randrange(2)
     slots = {"P": rng.choice(grammar.PICTURES[("first", "second")[which]])}
-    return Draft(slots, description((first, second)[which].shapes))
+    shapes = (first, second)[which].shapes
+    return Draft(slots, description(shapes), spans=sentence_spans(shapes))
 
 
 def make_pair_both(first: Scene, second: Scene, rng: random.Random) -> Draft:
@@ -511,7 +544,7 @@ def ask_pair(
     """A question about two pictures."""
     draft = PAIR_MAKERS[kind](first, second, rng)
     text = grammar.phrase(grammar.PAIR_CORES[kind], draft.slots, rng, held_out)
-    return Question(text, draft.answer, kind)
+    return Question(text, draft.answer, kind, None, draft.about, draft.spans)
 
 
 def ask_in_picture(
@@ -527,4 +560,4 @@ def ask_in_picture(
         text = f"{question.text[:-1]} in {place}{question.text[-1]}"
     else:
         text = f"In {place}, {question.text[0].lower()}{question.text[1:]}"
-    return Question(text, question.answer, f"pair {kind}", question.topic)
+    return replace(question, text=text, kind=f"pair {kind}")
