@@ -73,7 +73,7 @@ def _single(kind: str, rng: random.Random, held_out: bool) -> Item:
 
 
 def _talk(first: Question, then: Question, images: int) -> list[dict[str, object]]:
-    answered = {"role": "assistant", "content": first.answer}
+    answered: dict[str, object] = {"role": "assistant", "content": first.answer}
     return [user(first.text, images), answered, user(then.text)]
 
 

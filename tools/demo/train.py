@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -103,8 +104,8 @@ class Trainer:
             tokenizer = train_tokenizer(samples.corpus(random.Random(f"corpus {seed}"), 4000))
         self.processor: LlavaProcessor = build_processor(tokenizer)
         self.encoder = Encoder(tokenizer, str(seed))
-        self.tower = torch.compile(self.model.model.vision_tower)
-        self.decoder = torch.compile(self.model.model.language_model, dynamic=True)
+        self.tower: Any = torch.compile(self.model.model.vision_tower)
+        self.decoder: Any = torch.compile(self.model.model.language_model, dynamic=True)
 
     def features(self, pictures: Pictures, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """What the decoder gets for the pictures, and the loss of the patch read-outs."""
