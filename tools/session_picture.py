@@ -25,10 +25,8 @@ OUTPUT = Path("docs/session.svg")
 
 def main() -> None:
     """Run the chat and write the picture."""
-    console = Console(
-        record=True, width=88, height=48, file=io.StringIO(), force_terminal=True, highlight=False,
-        color_system="truecolor",
-    )  # fmt: skip
+    screen = io.StringIO()
+    console = _console(screen)
     engine = Engine.load(ModelConfig(DEMO_MODEL, device="cpu"))
     session = ChatSession(engine, sampling_params(temperature=0))
     image = ImageLoader(ImagePolicy()).load(PICTURE)
@@ -40,7 +38,22 @@ def main() -> None:
         console.print(Text(f"\n> {question}", style="bold cyan"))
         printer.answer(session.ask(question), engine.status())
     engine.close()
-    OUTPUT.write_text(console.export_svg(title="vlmchat"), encoding="utf-8")
+    # Answers are written past rich's recorder, to the terminal itself: what that got is recorded.
+    recorder = _console(io.StringIO())
+    recorder.print(Text.from_ansi(screen.getvalue()))
+    OUTPUT.write_text(recorder.export_svg(title="vlmchat"), encoding="utf-8")
+
+
+def _console(file: io.StringIO) -> Console:
+    return Console(
+        file=file,
+        record=True,
+        width=88,
+        height=48,
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":
