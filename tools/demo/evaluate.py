@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
@@ -29,6 +27,8 @@ from tools.demo.offtopic import NO_PICTURE
 from tools.demo.questions import PAIR_MAKERS, Question, ask, ask_in_picture, ask_pair, follow_up
 from tools.demo.samples import off_topic
 from tools.demo.scenes import Scene, degrade, draw, random_longest, random_scene, size_for
+from vlmchat.config import ModelConfig
+from vlmchat.engine.loader import load_model
 
 MODEL = Path(__file__).parents[2] / "src/vlmchat/demo/model"
 KINDS = (
@@ -157,24 +157,12 @@ def score(items: list[Item], found: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def load(folder: Path, bits: int | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model in float32, or with its decoder in 4 or 8 bits."""
-    keep = ["lm_head", "multi_modal_projector", "vision_tower"]
-    if bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=keep,
-        )
-    elif bits == 8:
-        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    else:
-        quantization = None
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization
-    )
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    """The model as vlmchat loads it: in float32, or with its decoder in 4 or 8 bits."""
+    kind = f"{bits}bit" if bits else None
+    config = ModelConfig(str(folder), device="cpu", dtype="float32", quantization=kind)
+    loaded = load_model(config, lambda stage: None)
+    loaded.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded.model, loaded.processor
 
 
 def main() -> None:
