@@ -204,7 +204,12 @@ class Trainer:
         """Model and processor as users load them."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        # A processor in use notes how it last padded; what is saved is a fresh one.
+        tokenizer = Tokenizer.from_str(self.encoder.tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        build_processor(tokenizer).save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)
 
     def resume(self, folder: Path) -> None:
         """Weights of a checkpoint."""
