@@ -75,13 +75,16 @@ class Scored:
         """[tokens, vocabulary] in float32, for each token of `answer`; None: the greedy one."""
         import torch
 
+        from vlmchat.engine.runner import Row
+
         prompt = self.processor.encode(conversation)
-        rows = [self.runner.prefill(0, prompt, 0)]
+        rows = [self.runner.prefill(0, prompt, 0, len(prompt.ids))]
         while len(rows) < (len(answer) if answer else NEW_TOKENS):
             token = answer[len(rows) - 1] if answer else int(rows[-1].argmax())
             if not answer and token in self.eos:
                 break
-            rows.append(self.runner.decode([0], [token])[0])
+            row = Row(0, len(prompt.ids) + len(rows) - 1, (token,))
+            rows.append(self.runner.decode([row])[0][0])
         return torch.stack(rows).float().log_softmax(dim=-1)
 
 

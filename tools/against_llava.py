@@ -99,7 +99,7 @@ def compare(expected: dict[str, Any]) -> int:
     from vlmchat.conversation import Conversation
     from vlmchat.engine.loader import load_model
     from vlmchat.engine.processor import Processor
-    from vlmchat.engine.runner import EagerRunner
+    from vlmchat.engine.runner import EagerRunner, Row
     from vlmchat.engine.vision import VisionCache
 
     config = ModelConfig(
@@ -120,11 +120,12 @@ def compare(expected: dict[str, Any]) -> int:
         ids = list(prompt.ids)
         for span in reversed(prompt.images):
             ids[span.start : span.stop] = [-200]
-        logits = runner.prefill(0, prompt, 0)
+        logits = runner.prefill(0, prompt, 0, len(prompt.ids))
         distance = float((logits - torch.tensor(turn["logits"])).abs().max())
         tokens = [int(logits.argmax())]
         while len(tokens) < len(turn["tokens"]):
-            tokens.append(int(runner.decode([0], tokens[-1:])[0].argmax()))
+            row = Row(0, len(prompt.ids) + len(tokens) - 1, (tokens[-1],))
+            tokens.append(int(runner.decode([row])[0].argmax()))
         text = processor.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         same = {
             "ids": ids == turn["ids"],

@@ -33,7 +33,9 @@ def load(directory: Path, **options: Any) -> LoadedModel:
 def first_logits(loaded: LoadedModel, conversation: Conversation = ASKED) -> Tensor:
     prompt = Processor(loaded.processor, loaded.spec, loaded.template).encode(conversation)
     runner = EagerRunner(loaded.model, loaded.spec, VisionCache(loaded.model), 1)
-    return runner.prefill(0, prompt, 0)
+    logits = runner.prefill(0, prompt, 0, len(prompt.ids))
+    assert logits is not None
+    return logits
 
 
 def original_ids(loaded: LoadedModel, conversation: Conversation = ASKED) -> list[int]:

@@ -15,6 +15,7 @@ from tests.tiny import make_tiny_llava
 from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine
 from vlmchat.engine.processor import Processor
+from vlmchat.engine.runner import Row
 from vlmchat.engine.sampler import Sampler
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import read_spec
@@ -28,22 +29,28 @@ QUESTION = Conversation().ask("what is it")
 class ScriptedRunner:
     """Says `text` to everyone; `before_step` runs ahead of each prefill and decode."""
 
+    splits_pictures = True
+
     def __init__(self, tokenizer: object, text: str) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         self.script = [*ids, tokenizer.eos_token_id]  # type: ignore[attr-defined]
         self.said: dict[int, int] = {}
         self.before_step: Callable[[str], None] = lambda kind: None
         self.prefills: list[tuple[int, int]] = []  # (slot, start)
+        self.copies: list[tuple[int, int, int]] = []
 
-    def prefill(self, slot: int, prompt: Prompt, start: int) -> torch.Tensor:
+    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor:
         self.before_step("prefill")
         self.prefills.append((slot, start))
         self.said[slot] = 0
         return self._next(slot)
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         self.before_step("decode")
-        return torch.stack([self._next(slot) for slot in slots])
+        return [self._next(row.slot)[None] for row in rows]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self.copies.append((source, target, length))
 
     def _next(self, slot: int) -> torch.Tensor:
         token = self.script[min(self.said[slot], len(self.script) - 1)]

@@ -178,23 +178,28 @@ class Engine:
 
     def _prefill(self, sequence: Sequence) -> None:
         try:
-            logits = self._runner.prefill(sequence.slot, sequence.prompt, sequence.num_cached)
+            prompt = sequence.prompt
+            logits = self._runner.prefill(
+                sequence.slot, prompt, sequence.num_cached, len(prompt.ids)
+            )
         except VlmchatError as error:
             self._scheduler.drop(sequence, error)
         else:
+            assert logits is not None
             self._append(sequence, logits)
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> None:
-        slots = [sequence.slot for sequence in sequences]
-        tokens = [sequence.tokens[-1] for sequence in sequences]
+        from vlmchat.engine.runner import Row
+
+        rows = [Row(s.slot, s.num_computed, (s.tokens[-1],)) for s in sequences]
         try:
-            rows = self._runner.decode(slots, tokens)
+            found = self._runner.decode(rows)
         except OutOfMemory as error:
             for sequence in sequences:
                 self._scheduler.drop(sequence, error)
         else:
-            for sequence, logits in zip(sequences, rows, strict=True):
-                self._append(sequence, logits)
+            for sequence, logits in zip(sequences, found, strict=True):
+                self._append(sequence, logits[0])
 
     def _append(self, sequence: Sequence, logits: torch.Tensor) -> None:
         try:

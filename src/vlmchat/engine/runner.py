@@ -1,4 +1,4 @@
-"""Run the model: prefill a prompt's new part, decode one token per sequence.
+"""Run the model: prefill parts of a prompt, decode new tokens of many sequences.
 
 `EagerRunner` is the reference: the unmodified transformers forward, one sequence at a time, a
 `DynamicCache` per slot. A faster runner stands behind the same protocol and is held to its tokens.
@@ -8,6 +8,7 @@ Called from the engine's thread only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,17 +25,35 @@ _ADVICE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """New tokens of one sequence in a decode step; its slot already holds `start` positions."""
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]  # at least one: the last drawn token, then drafted ones
+
+
 class Runner(Protocol):
-    """What the engine asks of a runner. Both raise OutOfMemory."""
+    """What the engine asks of a runner. All three raise OutOfMemory.
 
-    def prefill(self, slot: int, prompt: Prompt, start: int) -> torch.Tensor:
-        """Logits [vocabulary] after the prompt; the slot already holds its first `start` tokens.
+    It keeps no lengths: what lies in a slot past the `start` it is told is garbage, and overwritten.
+    splits_pictures: a prefill chunk may begin or end inside a picture.
+    """
 
-        `start` never lies inside a picture: see `Prompt.resume_point`.
+    splits_pictures: bool
+
+    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
+        """Compute positions start..stop-1 of the prompt; the slot holds those before `start`.
+
+        Logits [vocabulary] after the prompt if `stop` is its end, else None.
         """
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-        """Logits [n, vocabulary] after one more token in each of n slots."""
+    def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """For each row logits [len(row.tokens), vocabulary], those after each of its tokens."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of slot `source` into slot `target`; both may be in use."""
 
 
 class EagerRunner:
@@ -43,6 +62,8 @@ class EagerRunner:
     Every layer's cache keeps all positions, those with a sliding window too: their masks hide what
     lies outside it, and so every cache can be cut anywhere.
     """
+
+    splits_pictures = False  # a picture's features go in whole
 
     def __init__(self, model: Any, spec: ModelSpec, vision: VisionCache, num_slots: int) -> None:
         self._model = model
@@ -53,40 +74,51 @@ class EagerRunner:
         self._position_deltas = [0] * num_slots
 
     @torch.inference_mode()
-    def prefill(self, slot: int, prompt: Prompt, start: int) -> torch.Tensor:
-        """See `Runner.prefill`. Keys and values past `start` are discarded first."""
+    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
+        """See `Runner.prefill`."""
         with memory_errors(_ADVICE):
             self._cut(slot, start)
-            inputs: dict[str, Any] = {"input_ids": self._row(prompt.ids[start:])}
-            spans = [span for span in prompt.images if span.start >= start]
+            inputs: dict[str, Any] = {"input_ids": self._row(prompt.ids[start:stop])}
+            spans = [span for span in prompt.images if start <= span.start < stop]
             inputs["mm_encoder_outputs"] = self._vision.encoder_outputs(spans)
             if self._spec.both_ways is not BothWays.NOWHERE:
-                inputs["token_type_ids"] = self._row(self._token_types(prompt))
+                inputs["token_type_ids"] = self._row(self._token_types(prompt)[:stop])
             if self._spec.grid_positions:
                 positions, self._position_deltas[slot] = self._grid_positions(prompt)
-                inputs["position_ids"] = positions[..., start:]
-            return self._forward(slot, inputs)
+                inputs["position_ids"] = positions[..., start:stop]
+            logits = self._forward(slot, inputs, 1)
+            return logits[-1] if stop == len(prompt.ids) else None
 
     @torch.inference_mode()
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """See `Runner.decode`."""
         with memory_errors(_ADVICE):
-            rows = [self._decode_one(s, t) for s, t in zip(slots, tokens, strict=True)]
-            return torch.stack(rows)
+            return [self._decode_one(row) for row in rows]
 
-    def _decode_one(self, slot: int, token: int) -> torch.Tensor:
-        inputs = {"input_ids": self._row([token])}
+    @torch.inference_mode()
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `Runner.copy_prefix`."""
+        with memory_errors(_ADVICE):
+            copied = DynamicCache()
+            for index, layer in enumerate(self._caches[source].layers):
+                parts = (layer.keys[..., :length, :], layer.values[..., :length, :])
+                copied.update(*(part.clone() for part in parts), index)
+            self._caches[target] = copied
+
+    def _decode_one(self, row: Row) -> torch.Tensor:
+        self._cut(row.slot, row.start)
+        inputs = {"input_ids": self._row(row.tokens)}
         if self._spec.grid_positions:
-            position = self._caches[slot].get_seq_length()
-            positions = [position, *[position + self._position_deltas[slot]] * 3]
-            inputs["position_ids"] = self._row(positions).T[:, :, None]  # [4, 1, 1]
-        return self._forward(slot, inputs)
+            text = range(row.start, row.start + len(row.tokens))
+            grid = [position + self._position_deltas[row.slot] for position in text]
+            inputs["position_ids"] = torch.stack([self._row(text), *[self._row(grid)] * 3])
+        return self._forward(row.slot, inputs, len(row.tokens))  # [T, V]
 
-    def _forward(self, slot: int, inputs: dict[str, Any]) -> torch.Tensor:
+    def _forward(self, slot: int, inputs: dict[str, Any], keep: int) -> torch.Tensor:
         output = self._model(
-            **inputs, past_key_values=self._caches[slot], use_cache=True, logits_to_keep=1
+            **inputs, past_key_values=self._caches[slot], use_cache=True, logits_to_keep=keep
         )
-        logits: torch.Tensor = output.logits[0, -1]  # [V]
+        logits: torch.Tensor = output.logits[0, -keep:]  # [keep, V]
         return logits
 
     def _cut(self, slot: int, start: int) -> None:

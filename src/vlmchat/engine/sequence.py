@@ -95,6 +95,11 @@ class Sequence:
         self._first_token: float | None = None
 
     @property
+    def num_computed(self) -> int:
+        """Positions whose keys and values exist: all but the newest drawn token's."""
+        return len(self.prompt.ids) + len(self.tokens) - 1
+
+    @property
     def computed_match_ids(self) -> tuple[int, ...]:
         """Match ids of all tokens whose keys and values exist: all but the newest drawn one."""
         return (*self.prompt.match_ids, *self.tokens[:-1])
