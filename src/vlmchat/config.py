@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from vlmchat.errors import ConfigError
@@ -38,6 +39,42 @@ class ModelConfig:
     quantization: str | None = None  # None | "8bit" | "4bit"
     context_length: int | None = None  # None: what the model's config says
     conv_mode: str | None = None
+    runner: str = "auto"  # auto | static | eager
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How many the engine answers at once, and what memory it may take for that.
+
+    max_num_seqs: sequences at once; None: as many slots as one chat makes use of.
+    max_num_batched_tokens: of a prompt, in one step, while other answers are under way.
+    kv_memory: bytes for the keys and values of all sequences; None: what is free.
+    kv_dtype: auto is the weights' own; int8.
+    image_cache: bytes for the features of pictures.
+    speculation: guess tokens ahead where that pays.
+    answer_tokens: the longest answer that will be asked for, where known; the context must hold it.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int = 512
+    kv_memory: int | None = None
+    kv_dtype: str = "auto"
+    image_cache: int = 256 * 2**20
+    speculation: bool = True
+    answer_tokens: int | None = None
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def num_bytes(option: str, text: str) -> int:
+    """`2GB`, `512 MiB`, `1.5g` or a plain number as bytes; ConfigError names the option."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", text.strip().lower())
+    unit = found[2] if found else ""
+    unit = f"{unit}b" if unit and not unit.endswith("b") else unit.removeprefix("b")
+    if found is None or unit not in _UNITS or float(found[1]) * _UNITS[unit] < 1:
+        raise ConfigError(f"{option} is {text!r}; give bytes, or a size such as 2GB or 512MiB")
+    return int(float(found[1]) * _UNITS[unit])
 
 
 def sampling_params(

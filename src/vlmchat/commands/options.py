@@ -20,11 +20,20 @@ import typer
 from typer.core import TyperCommand
 
 from vlmchat.commands.settings import model_alias, read_aliases, read_config, state_path
-from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
+from vlmchat.config import (
+    DEFAULT_MODEL,
+    DEMO_MODEL,
+    EngineConfig,
+    ImagePolicy,
+    ModelConfig,
+    num_bytes,
+    sampling_params,
+)
 from vlmchat.errors import ConfigError
 from vlmchat.request import SamplingParams
 
 POLICY = ImagePolicy()
+ENGINE = EngineConfig()
 SAMPLING = SamplingParams()
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -206,6 +215,10 @@ class ModelOptions:
             autocompletion=_complete_conv_mode,
         ),
     ] = None
+    runner: Annotated[
+        Literal["auto", "static", "eager"],
+        typer.Option("--runner", hidden=True, help="Which of the engine's runners."),
+    ] = "auto"
 
     def build(self) -> ModelConfig:
         """The settings for the engine; ConfigError when both quantisations are asked for."""
@@ -220,6 +233,69 @@ class ModelOptions:
             quantization="8bit" if self.load_8bit else "4bit" if self.load_4bit else None,
             context_length=self.context_length,
             conv_mode=self.conv_mode,
+            runner=self.runner,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much the engine does at once, and the memory for it."""
+
+    panel: ClassVar = "Engine"
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            "--max-num-seqs",
+            metavar="COUNT",
+            min=1,
+            help="Answers at once, and prompts kept for reuse; unset: a few, if memory is plenty.",
+        ),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-num-batched-tokens",
+            metavar="TOKENS",
+            min=16,
+            help="Of a prompt, in one step, while other answers are under way.",
+        ),
+    ] = ENGINE.max_num_batched_tokens
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-memory",
+            metavar="SIZE",
+            help="For keys and values, such as 2GB; unset: from what is free.",
+        ),
+    ] = None
+    kv_dtype: Annotated[
+        Literal["auto", "int8"],
+        typer.Option("--kv-dtype", help="Number format of keys and values."),
+    ] = "auto"
+    image_cache_memory: Annotated[
+        str,
+        typer.Option(
+            "--image-cache-memory", metavar="SIZE", help="For the features of pictures seen before."
+        ),
+    ] = f"{ENGINE.image_cache >> 20}MiB"
+    speculation: Annotated[
+        bool,
+        typer.Option("--speculation/--no-speculation", hidden=True, help="Guess tokens ahead."),
+    ] = ENGINE.speculation
+
+    def build(self, answer_tokens: int | None = None) -> EngineConfig:
+        """The engine's limits; ConfigError when a size cannot be read."""
+        kv_memory = None
+        if self.kv_memory is not None:
+            kv_memory = num_bytes("--kv-memory", self.kv_memory)
+        return EngineConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_memory=kv_memory,
+            kv_dtype=self.kv_dtype,
+            image_cache=num_bytes("--image-cache-memory", self.image_cache_memory),
+            speculation=self.speculation,
+            answer_tokens=answer_tokens,
         )
 
 

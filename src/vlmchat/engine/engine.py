@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from vlmchat.config import ModelConfig
+from vlmchat.config import EngineConfig, ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.detokenizer import Detokenizer
 from vlmchat.engine.prefix_cache import PrefixCache
@@ -85,7 +85,10 @@ class Engine:
 
     @classmethod
     def load(
-        cls, config: ModelConfig, progress: Callable[[str], None] = lambda stage: None
+        cls,
+        config: ModelConfig,
+        progress: Callable[[str], None] = lambda stage: None,
+        limits: EngineConfig = EngineConfig(),
     ) -> Engine:
         """Load a model. `progress` is told each stage in words, and what to heed as `note: …`.
 

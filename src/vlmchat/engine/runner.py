@@ -37,7 +37,7 @@ class Row:
 class Runner(Protocol):
     """What the engine asks of a runner. All three raise OutOfMemory.
 
-    It keeps no lengths: what lies in a slot past the `start` it is told is garbage, and overwritten.
+    It keeps no lengths: what lies in a slot past the `start` it is told is overwritten.
     splits_pictures: a prefill chunk may begin or end inside a picture.
     """
 
