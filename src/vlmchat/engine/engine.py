@@ -23,6 +23,7 @@ from vlmchat.request import Delta, PromptSize, SamplingParams, Status
 if TYPE_CHECKING:
     import torch
 
+    from vlmchat.engine.loader import LoadedModel
     from vlmchat.engine.processor import Processor
     from vlmchat.engine.runner import Runner
     from vlmchat.engine.sampler import Sampler
@@ -96,12 +97,19 @@ class Engine:
         OutOfMemory (before any weight is read).
         """
         from vlmchat.engine.loader import load_model
+
+        return cls.over(load_model(config, progress), config, limits)
+
+    @classmethod
+    def over(
+        cls, loaded: LoadedModel, config: ModelConfig, limits: EngineConfig = EngineConfig()
+    ) -> Engine:
+        """The engine of a model that is loaded, for whoever wants to look at the model too."""
         from vlmchat.engine.processor import Processor
         from vlmchat.engine.runner import EagerRunner
         from vlmchat.engine.sampler import Sampler
         from vlmchat.engine.vision import VisionCache
 
-        loaded = load_model(config, progress)
         vision = VisionCache(loaded.model)
         runner = EagerRunner(loaded.model, loaded.spec, vision, num_slots=1)
         processor = Processor(loaded.processor, loaded.spec, loaded.template)
