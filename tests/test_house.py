@@ -30,6 +30,7 @@ TORCH_ROOMS = (
     *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
     *("fused",),
+    *("kv_cache", "lean", "static_runner"),
 )
 
 

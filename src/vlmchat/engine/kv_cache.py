@@ -1,0 +1,134 @@
+"""Keys and values of all slots, in tensors made once and written in place.
+
+Called by the static runner and by the layers it runs. Knows nothing of sequences: what lies past
+the positions it is asked for is garbage, which nobody reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+_MAX_INT8 = 127
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a language model keeps for each position."""
+
+    num_layers: int
+    num_heads: int  # of keys and values
+    head_dim: int
+
+    def position_bytes(self, dtype: torch.dtype, model_dtype: torch.dtype) -> int:
+        """Bytes of one position in one slot. In int8, each head of a position has a scale."""
+        scale = model_dtype.itemsize if dtype is torch.int8 else 0
+        return 2 * self.num_layers * self.num_heads * (self.head_dim * dtype.itemsize + scale)
+
+
+class Window(Protocol):
+    """New positions start..stop-1 of one slot, and all up to `stop`, in every layer."""
+
+    def put(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new positions; return keys and values of all: [heads, stop, head_dim].
+
+        keys, values: [heads, stop - start, head_dim], already rotated.
+        """
+
+
+class KVCache:
+    """[layers * 2, slots, heads, context, head_dim]: a layer's keys, then its values.
+
+    The memory is taken as it is written: on a CPU, positions never reached cost nothing.
+    """
+
+    def __init__(
+        self,
+        shape: KVShape,
+        num_slots: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        size = (2 * shape.num_layers, num_slots, shape.num_heads, context_length, shape.head_dim)
+        self._data = torch.empty(size, dtype=dtype, device=device)
+
+    def window(self, slot: int, start: int, stop: int) -> Window:
+        """Where positions start..stop-1 of the slot go."""
+        return _PlainWindow(self._data[:, slot], start, stop)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of slot `source` into slot `target`."""
+        self._data[:, target, :, :length] = self._data[:, source, :, :length]
+
+
+class QuantizedKVCache(KVCache):
+    """As KVCache, each head of a position as 8-bit integers times a scale in the model's dtype."""
+
+    def __init__(
+        self,
+        shape: KVShape,
+        num_slots: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """dtype: the model's, in which keys and values come and go."""
+        super().__init__(shape, num_slots, context_length, torch.int8, device)
+        self._scales = torch.empty((*self._data.shape[:-1], 1), dtype=dtype, device=device)
+
+    def window(self, slot: int, start: int, stop: int) -> Window:
+        """See `KVCache.window`."""
+        return _QuantizedWindow(self._data[:, slot], self._scales[:, slot], start, stop)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `KVCache.copy_prefix`."""
+        super().copy_prefix(source, target, length)
+        self._scales[:, target, :, :length] = self._scales[:, source, :, :length]
+
+
+class _PlainWindow:
+    """One call gives the views of all layers, so that a step does not slice in each."""
+
+    def __init__(self, data: torch.Tensor, start: int, stop: int) -> None:
+        """data: [layers * 2, heads, context, head_dim]."""
+        self._new = data[:, :, start:stop].unbind()
+        self._all = data[:, :, :stop].unbind()
+
+    def put(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Window.put`. Nothing is copied of what was there."""
+        index = 2 * layer
+        self._new[index].copy_(keys)
+        self._new[index + 1].copy_(values)
+        return self._all[index], self._all[index + 1]
+
+
+class _QuantizedWindow:
+    """What was just written is read back too, so that a prompt in parts gives the same as whole."""
+
+    def __init__(self, data: torch.Tensor, scales: torch.Tensor, start: int, stop: int) -> None:
+        """data, scales: [layers * 2, heads, context, head_dim or 1]."""
+        self._new = _PlainWindow(data, start, stop)
+        self._new_scales = _PlainWindow(scales, start, stop)
+
+    def put(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Window.put`."""
+        (key_data, key_scales), (value_data, value_scales) = _quantized(keys), _quantized(values)
+        data = self._new.put(layer, key_data, value_data)
+        scales = self._new_scales.put(layer, key_scales, value_scales)
+        return data[0] * scales[0], data[1] * scales[1]
+
+
+def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., D] as int8, and the scale [..., 1] by which to multiply it; 0 stays 0."""
+    scale = x.abs().amax(-1, keepdim=True) / _MAX_INT8
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
+    return (x / scale).round_().clamp_(-_MAX_INT8, _MAX_INT8).to(torch.int8), scale

@@ -1,0 +1,147 @@
+"""The fast runner: fixed slots, prompts in parts, all sequences' new tokens in one step.
+
+Stands behind the protocol of `runner.py` for models whose language model is known to be plain
+(`unsupported`), and is held to the reference token for token. Called from the engine's thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+
+from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
+from vlmchat.engine.lean import LeanModel, Span
+from vlmchat.engine.memory import memory_errors
+from vlmchat.engine.runner import Row
+from vlmchat.engine.sequence import Prompt
+from vlmchat.engine.spec import BothWays, ModelSpec
+from vlmchat.engine.vision import VisionCache
+
+# By config.model_type: models that put features in place of placeholders' embeddings and leave the
+# rest to their language model. One belongs here once its tests pass.
+_PROVEN = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
+_LANGUAGE_MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+# Whose frequencies are the same whatever the length of a prompt.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ADVICE = (
+    "out of memory during the answer; start a shorter conversation (/clear), "
+    "or use --context-length, --load-4bit or a smaller model"
+)
+
+
+def unsupported(model: Any, spec: ModelSpec) -> str | None:
+    """Why this model is not run here, in a few words; None if it is.
+
+    Everything that is not known to be the same as in the reference is a reason.
+    """
+    if spec.both_ways is not BothWays.NOWHERE:
+        return f"in a {spec.family} prompt tokens attend to later ones"
+    if spec.grid_positions:
+        return "a picture's tokens have rows and columns as positions"
+    if model.config.model_type not in _PROVEN:
+        return f"{spec.family} is not known to be plain"
+    language_model = model.get_decoder()
+    if type(language_model) not in _LANGUAGE_MODELS:
+        return f"its language model is a {type(language_model).__name__}"
+    config = language_model.config
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < spec.context_length:
+        return f"it attends to the last {window} tokens only"
+    if (rope := config.rope_parameters.get("rope_type")) not in _ROPE_TYPES:
+        return f"its positions are of type {rope!r}"
+    return None
+
+
+class StaticRunner:
+    """See `Runner`. Slots are rows of one cache, each of `context_length` positions."""
+
+    splits_pictures = True
+
+    def __init__(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        vision: VisionCache,
+        num_slots: int,
+        context_length: int,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """model: one for which `unsupported` has no reason; its layers' weights are joined.
+
+        kv_dtype: int8 for keys and values in 8 bits; else the model's.
+        """
+        self._image_token_id = spec.image_token_id
+        self._vision = vision
+        self._embedding = model.get_input_embeddings()
+        self._head = model.get_output_embeddings()
+        self._device, self._dtype = model.device, self._embedding.weight.dtype
+        self.num_slots = num_slots
+        with torch.inference_mode(), memory_errors(_ADVICE):
+            self._lean = LeanModel(model.get_decoder(), context_length)
+            cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
+            self._cache = cache(
+                self._lean.shape, num_slots, context_length, self._dtype, self._device
+            )
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
+        """See `Runner.prefill`."""
+        with memory_errors(_ADVICE):
+            x = self._embed(prompt, start, stop)
+            rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
+            x = self._lean.forward(x, rotation, [self._span(0, slot, start, stop)])
+            return self._logits(x[-1:])[0] if stop == len(prompt.ids) else None
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """See `Runner.decode`."""
+        with memory_errors(_ADVICE):
+            ids, positions, spans = [], [], []
+            for row in rows:
+                stop = row.start + len(row.tokens)
+                spans.append(self._span(len(ids), row.slot, row.start, stop))
+                ids += row.tokens
+                positions += range(row.start, stop)
+            rotation = self._lean.rotation(self._tensor(positions))
+            x = self._lean.forward(self._embedding(self._tensor(ids)), rotation, spans)
+            return list(self._logits(x).split([len(row.tokens) for row in rows]))
+
+    @torch.inference_mode()
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `Runner.copy_prefix`."""
+        self._cache.copy_prefix(source, target, length)
+
+    def warm_up(self, prompt: Prompt) -> None:
+        """Run prefill and decode once, so that the first answer does not wait for what is made
+        at first use. Writes to slot 0; call before any answer."""
+        self.prefill(0, prompt, 0, len(prompt.ids))
+        self.decode([Row(0, len(prompt.ids) - 1, prompt.ids[-1:])])
+
+    def _span(self, first: int, slot: int, start: int, stop: int) -> Span:
+        """The rows of a step's input from `first` on as positions start..stop-1 of the slot."""
+        last, window = first + stop - start, self._cache.window(slot, start, stop)
+        if start == 0 or stop - start == 1:
+            return Span(first, last, window, causal=stop - start > 1)
+        later = torch.full((stop - start, stop), -torch.inf, dtype=self._dtype, device=self._device)
+        return Span(first, last, window, mask=later.triu_(start + 1))
+
+    def _embed(self, prompt: Prompt, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, hidden]: the model's embeddings, pictures' features in their places."""
+        x: torch.Tensor = self._embedding(self._tensor(prompt.ids[start:stop]))
+        for span in prompt.images:
+            if span.start < stop and start < span.stop:
+                ids = self._tensor(prompt.ids[span.start : span.stop])
+                places = (ids == self._image_token_id).nonzero()[:, 0] + (span.start - start)
+                here = (places >= 0) & (places < stop - start)
+                x[places[here]] = self._vision.features(span).pooled[here].to(x)
+        return x
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._head(self._lean.final_norm(x))
+        return logits
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)
