@@ -27,9 +27,10 @@ ROOMS = [
 ]
 VALUES = ("errors", "conversation", "request", "config")
 TORCH_ROOMS = (
-    *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
+    *("capacity", "runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
-    *("fused",),
+    *("machine", "random_model"),
+    *("packed", "fused",),
     *("kv_cache", "lean", "static_runner"),
 )
 

@@ -8,9 +8,12 @@ of models and of what its inputs are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from vlmchat.engine.packed import TILE, Int4Linear, Int8Linear, PrepackedLinear, can_prepack
 
 
 class _InTurn(nn.Module):
@@ -25,43 +28,93 @@ class _InTurn(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
+@torch.no_grad()
 def fuse(layers: Sequence[nn.Module]) -> nn.Module:
     """A module that gives the layers' outputs, concatenated, for one input [..., in].
 
-    Weights of plain linear layers are joined, and the layers go on with views of the joint tensor:
-    no second copy stays. Layers of any other kind are kept and called in turn.
+    No second copy of the weights stays: the layers go on with views of the joint ones. But where
+    oneDNN keeps weights in an order of its own (bfloat16 on a CPU), they are left without theirs,
+    which are then on the meta device; so it is for one layer alone. Layers whose forms cannot be
+    joined are called in turn.
     """
-    plain = [layer for layer in layers if type(layer) is nn.Linear]
-    if len(plain) == len(layers) and len({_kind(layer) for layer in plain}) == 1:
-        return _join(plain)
-    return _InTurn(layers)
+    kind = type(layers[0])
+    if len({_form(layer) for layer in layers}) == 1:
+        if kind is nn.Linear and can_prepack(layers[0].weight):
+            return _prepack(layers)
+        if len(layers) > 1 and kind in _JOIN and _can_join(layers):
+            return _JOIN[kind](layers)
+    return layers[0] if len(layers) == 1 else _InTurn(layers)
 
 
-def _kind(linear: nn.Linear) -> tuple[int, torch.dtype, torch.device]:
-    return linear.in_features, linear.weight.dtype, linear.weight.device
+def _form(layer: Any) -> tuple[Any, ...]:
+    """What layers must have in common to be joined."""
+    weight = getattr(layer, "weight", None)
+    of_tensor = (weight.dtype, weight.device) if isinstance(weight, torch.Tensor) else ()
+    return (
+        type(layer),
+        getattr(layer, "in_features", None),
+        getattr(layer, "group", None),
+        *of_tensor,
+    )
 
 
-@torch.no_grad()
-def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """A linear layer over the joint weights. Where some have a bias, the others' is 0."""
-    weight = torch.cat([linear.weight for linear in linears])
-    biased = any(linear.bias is not None for linear in linears)
-    joint = nn.Linear(linears[0].in_features, len(weight), bias=biased, device="meta")
+def _can_join(layers: Sequence[Any]) -> bool:
+    """Joint 4-bit layers must fill the kernel's tiles, and have their inputs in one order."""
+    if type(layers[0]) is not Int4Linear:
+        return True
+    first, *others = (layer.order for layer in layers)
+    same = all(
+        (order is None and first is None)
+        or (order is not None and first is not None and torch.equal(order, first))
+        for order in others
+    )
+    return same and not any(layer.out_features % TILE for layer in layers)
+
+
+def _prepack(layers: Sequence[Any]) -> PrepackedLinear:
+    weight = layers[0].weight if len(layers) == 1 else torch.cat([each.weight for each in layers])
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    return PrepackedLinear(weight, _biases(layers))
+
+
+def _join_plain(layers: Sequence[Any]) -> nn.Linear:
+    weight, bias = _join(layers, "weight"), _biases(layers)
+    joint = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
     joint.weight = nn.Parameter(weight, requires_grad=False)
-    if biased:
-        bias = torch.cat([_bias(linear) for linear in linears])
+    if bias is not None:
         joint.bias = nn.Parameter(bias, requires_grad=False)
-    start = 0
-    for linear in linears:
-        stop = start + linear.out_features
-        linear.weight = nn.Parameter(joint.weight[start:stop], requires_grad=False)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(joint.bias[start:stop], requires_grad=False)
-        start = stop
     return joint.eval()
 
 
-def _bias(linear: nn.Linear) -> torch.Tensor:
-    if linear.bias is not None:
-        return linear.bias
-    return linear.weight.new_zeros(linear.out_features)
+def _join_int8(layers: Sequence[Any]) -> Int8Linear:
+    return Int8Linear(_join(layers, "weight"), _join(layers, "scales"), _biases(layers))
+
+
+def _join_int4(layers: Sequence[Any]) -> Int4Linear:
+    shape = sum(layer.out_features for layer in layers), layers[0].in_features
+    weight, both = _join(layers, "weight"), _join(layers, "scales_zeros", dim=1)
+    return Int4Linear(weight, both, shape, _biases(layers), layers[0].order)
+
+
+_JOIN = {nn.Linear: _join_plain, Int8Linear: _join_int8, Int4Linear: _join_int4}
+
+
+def _join(layers: Sequence[Any], name: str, dim: int = 0) -> torch.Tensor:
+    """The layers' tensors of that name as one, of which they get views."""
+    joint = torch.cat([getattr(layer, name).detach() for layer in layers], dim=dim)
+    parts = joint.split([layer.out_features for layer in layers], dim=dim)
+    for layer, part in zip(layers, parts, strict=True):
+        own = name in layer._parameters
+        setattr(layer, name, nn.Parameter(part, requires_grad=False) if own else part)
+    return joint
+
+
+def _biases(layers: Sequence[Any]) -> torch.Tensor | None:
+    """[sum of out]: 0 where a layer has none; None if no layer has one."""
+    found = next((layer.bias for layer in layers if layer.bias is not None), None)
+    if found is None:
+        return None
+    none = found.new_zeros
+    biases = [none(o.out_features) if o.bias is None else o.bias for o in layers]
+    return torch.cat(biases).detach()
