@@ -27,9 +27,9 @@ ROOMS = [
 ]
 VALUES = ("errors", "conversation", "request", "config")
 TORCH_ROOMS = (
-    *("capacity", "runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
+    *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
-    *("machine", "random_model"),
+    *("machine", "random_model", "capacity"),
     *("packed", "fused",),
     *("kv_cache", "lean", "static_runner"),
 )

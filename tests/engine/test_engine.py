@@ -69,7 +69,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 @pytest.fixture
 def engine(processor: Processor) -> Iterator[Engine]:
     runner = ScriptedRunner(processor.tokenizer, "one two three")
-    engine = Engine(runner, processor, Sampler, frozenset({1}), Status("scripted", 256), 2)
+    engine = Engine(runner, processor, Sampler(), frozenset({1}), Status("scripted", 256), 2)
     yield engine
     engine.close()
 

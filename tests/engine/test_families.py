@@ -50,10 +50,11 @@ class Family:
         self.engine = Engine(
             EagerRunner(model, spec, self.vision, num_slots=2),
             self.processor,
-            Sampler,
+            Sampler(),
             spec.eos_token_ids,
             Status(name, CONTEXT_LENGTH),
             num_slots=2,
+            vision=self.vision,
         )
 
     def check(self, *conversations: Conversation) -> list[int]:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlmchat.config import EngineConfig, ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.detokenizer import Detokenizer
 from vlmchat.engine.prefix_cache import PrefixCache
-from vlmchat.engine.scheduler import Scheduler, Step
-from vlmchat.engine.sequence import Sequence
-from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong, VlmchatError
-from vlmchat.request import Delta, PromptSize, SamplingParams, Status
+from vlmchat.engine.scheduler import Chunk, Scheduler, Step
+from vlmchat.engine.sequence import ImageSpan, Row, Sequence
+from vlmchat.engine.speculation import PromptLookup, RowCost
+from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong, UnsupportedModel, VlmchatError
+from vlmchat.request import Delta, FinishReason, PromptSize, SamplingParams, Status
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +31,13 @@ if TYPE_CHECKING:
     from vlmchat.engine.processor import Processor
     from vlmchat.engine.runner import Runner
     from vlmchat.engine.sampler import Sampler
+    from vlmchat.engine.vision import VisionCache
+
+_LIMITS = EngineConfig()
+_NOT_A_NUMBER = (
+    "the model's output is not a number; its weights may be broken, or another --dtype may hold "
+    "them (bfloat16, float32)"
+)
 
 
 class EngineStream:
@@ -66,17 +77,29 @@ class Engine:
         self,
         runner: Runner,
         processor: Processor,
-        make_sampler: Callable[[SamplingParams], Sampler],
+        sampler: Sampler,
         eos_token_ids: frozenset[int],
         status: Status,
         num_slots: int = 1,
+        *,
+        vision: VisionCache | None = None,
+        limits: EngineConfig = _LIMITS,
     ) -> None:
+        """num_slots: sequences that the runner holds.  vision: the runner's, to fill ahead."""
         self._runner = runner
         self._processor = processor
-        self._make_sampler = make_sampler
+        self._sampler = sampler
         self._eos_token_ids = eos_token_ids
         self._status = status
-        self._scheduler = Scheduler(PrefixCache(num_slots))
+        self._vision = vision
+        self._speculation = limits.speculation
+        self._row_cost = RowCost()
+        self._scheduler = Scheduler(
+            PrefixCache(num_slots),
+            limits.max_num_batched_tokens,
+            splits_pictures=runner.splits_pictures,
+        )
+        self._generated = self._drafted = self._accepted = self._encoded = 0
         # Inbox and `_dead` change under one lock, so that no stream is queued for a dead engine.
         self._wake = threading.Condition()
         self._inbox: list[Sequence] = []
@@ -89,7 +112,7 @@ class Engine:
         cls,
         config: ModelConfig,
         progress: Callable[[str], None] = lambda stage: None,
-        limits: EngineConfig = EngineConfig(),
+        limits: EngineConfig = _LIMITS,
     ) -> Engine:
         """Load a model. `progress` is told each stage in words, and what to heed as `note: …`.
 
@@ -98,22 +121,42 @@ class Engine:
         """
         from vlmchat.engine.loader import load_model
 
-        return cls.over(load_model(config, progress), config, limits)
+        loaded = load_model(config, progress, limits.answer_tokens)
+        return cls.over(loaded, config, limits, progress)
 
     @classmethod
     def over(
-        cls, loaded: LoadedModel, config: ModelConfig, limits: EngineConfig = EngineConfig()
+        cls,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        limits: EngineConfig = _LIMITS,
+        progress: Callable[[str], None] = lambda stage: None,
     ) -> Engine:
-        """The engine of a model that is loaded, for whoever wants to look at the model too."""
+        """The engine of a model that is loaded, for whoever wants to look at the model too.
+
+        Raises OutOfMemory when the keys and values of not one sequence fit, and ConfigError.
+        """
+        from vlmchat.engine.capacity import make_runner
         from vlmchat.engine.processor import Processor
-        from vlmchat.engine.runner import EagerRunner
         from vlmchat.engine.sampler import Sampler
         from vlmchat.engine.vision import VisionCache
 
-        vision = VisionCache(loaded.model)
-        runner = EagerRunner(loaded.model, loaded.spec, vision, num_slots=1)
-        processor = Processor(loaded.processor, loaded.spec, loaded.template)
-        return cls(runner, processor, Sampler, loaded.spec.eos_token_ids, loaded.status)
+        vision = VisionCache(loaded.model, limits.image_cache)
+        runner, slots, name = make_runner(loaded, vision, config, limits)
+        fewer = slots.count < (limits.max_num_seqs or 1)
+        asked = f"; {limits.max_num_seqs} were asked for, more do not fit" if fewer else ""
+        progress(f"{'note: ' if fewer else ''}slots for conversations: {slots}{asked}")
+        details = (*loaded.status.details, ("runner", name), ("slots", f"{slots}{asked}"))
+        return cls(
+            runner,
+            Processor(loaded.processor, loaded.spec, loaded.template),
+            Sampler(loaded.spec.repetition_penalty),
+            loaded.spec.eos_token_ids,
+            replace(loaded.status, details=details),
+            slots.count,
+            vision=vision,
+            limits=limits,
+        )
 
     def stream(self, conversation: Conversation, params: SamplingParams) -> EngineStream:
         """See `Backend.stream`."""
@@ -126,7 +169,7 @@ class Engine:
         # The sequence knows the queue, not the stream: only the caller holds that.
         items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
         sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, items.put)
-        sequence.sampler_state = self._make_sampler(params)
+        sequence.sampler_state = self._sampler.start(params, prompt.ids)
         stream = EngineStream(sequence, items)
         with self._wake:
             if self._dead is not None:
@@ -145,7 +188,19 @@ class Engine:
 
     def status(self) -> Status:
         """See `Backend.status`."""
-        return self._status
+        load = self._scheduler.load()
+        with self._wake:
+            inbox = [len(sequence.prefix.ids) for sequence in self._inbox]
+        load = replace(
+            load,
+            waiting=load.waiting + len(inbox),
+            waiting_tokens=load.waiting_tokens + sum(inbox),
+            generated_tokens=self._generated,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            images_cached=max(0, load.images - self._encoded),
+        )
+        return replace(self._status, load=load)
 
     def close(self) -> None:
         """See `Backend.close`. Returns once the thread has ended its step."""
@@ -187,37 +242,98 @@ class Engine:
         if step.decode:
             self._decode(step.decode)
 
-    def _prefill(self, sequence: Sequence) -> None:
+    def _prefill(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
         try:
-            prompt = sequence.prompt
-            logits = self._runner.prefill(
-                sequence.slot, prompt, sequence.num_cached, len(prompt.ids)
-            )
+            if chunk.copy is not None:
+                source, length = chunk.copy
+                self._runner.copy_prefix(source, sequence.slot, length)
+            if chunk.picture is not None:
+                self._encode(chunk.picture)
+                return
+            logits = self._runner.prefill(sequence.slot, sequence.prefix, chunk.start, chunk.stop)
         except VlmchatError as error:
             self._scheduler.drop(sequence, error)
-        else:
-            assert logits is not None
-            self._append(sequence, logits)
+            return
+        self._scheduler.computed(sequence, chunk.stop)
+        if logits is not None and not sequence.pending:
+            self._draw([sequence], [logits])
+
+    def _encode(self, picture: ImageSpan) -> None:
+        if self._vision is not None:
+            before = self._vision.num_encoded
+            self._vision.features(picture)
+            self._encoded += self._vision.num_encoded - before
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> None:
-        from vlmchat.engine.runner import Row
-
-        rows = [Row(s.slot, s.num_computed, (s.tokens[-1],)) for s in sequences]
+        """The next token of each; of one that is alone, perhaps several, guessed ahead."""
+        draft = self._draft(sequences[0]) if len(sequences) == 1 else ()
+        rows = [Row(s.slot, s.num_computed, s.pending + draft) for s in sequences]
+        started = time.perf_counter()
         try:
             found = self._runner.decode(rows)
         except OutOfMemory as error:
             for sequence in sequences:
                 self._scheduler.drop(sequence, error)
-        else:
-            for sequence, logits in zip(sequences, found, strict=True):
-                self._append(sequence, logits[0])
-
-    def _append(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        try:
-            token = sequence.sampler_state.draw(logits)
-        except VlmchatError as error:
-            self._scheduler.drop(sequence, error)
             return
+        last = []
+        for sequence, row, logits in zip(sequences, rows, found, strict=True):
+            num_known = len(row.tokens) - len(draft)
+            self._scheduler.computed(sequence, row.start + num_known)
+            last.append(logits[num_known - 1])
+        self._draw(sequences, last)
+        if len(rows) == 1:
+            self._row_cost.note(len(rows[0].tokens), time.perf_counter() - started)
+        if draft:
+            self._verify(sequences[0], draft, found[0][-len(draft) :])
+
+    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+        """What is likely to come next, where trying it pays."""
+        if not self._speculation or len(sequence.pending) != 1:
+            return ()
+        if sequence.drafter is None:
+            sequence.drafter = PromptLookup((*sequence.prompt.match_ids, *sequence.tokens))
+        return sequence.drafter.draft(sequence.num_left - 1, self._row_cost)
+
+    def _verify(self, sequence: Sequence, draft: tuple[int, ...], logits: torch.Tensor) -> None:
+        """Go on drawing as long as the draft is what is drawn. logits: [len(draft), vocabulary]."""
+        num_right = 0
+        for token, after in zip(draft, logits, strict=True):
+            if sequence.finished or sequence.tokens[-1] != token:
+                break
+            num_right += 1
+            self._scheduler.computed(sequence, sequence.num_computed + 1)
+            self._draw([sequence], [after])
+        self._drafted += len(draft)
+        self._accepted += num_right
+        if sequence.drafter is not None:
+            sequence.drafter.judge(draft, num_right)
+
+    def _draw(self, sequences: Tokens[Sequence], logits: Tokens[torch.Tensor]) -> None:
+        """One more token for each sequence. logits: [vocabulary] of each."""
+        try:
+            drawn = self._sampler.draw([s.sampler_state for s in sequences], logits)
+        except VlmchatError as error:  # of one of them
+            if len(sequences) == 1:
+                self._scheduler.drop(sequences[0], error)
+            else:
+                for sequence, row in zip(sequences, logits, strict=True):
+                    self._draw([sequence], [row])
+            return
+        for sequence, row, token in zip(sequences, logits, drawn, strict=True):
+            if token < 0:
+                self._scheduler.drop(sequence, UnsupportedModel(_NOT_A_NUMBER))
+            else:
+                self._append(sequence, row, token)
+
+    def _append(self, sequence: Sequence, logits: torch.Tensor, token: int) -> None:
+        self._generated += 1
         if sequence.params.logprobs is not None:
-            sequence.rank(sequence.sampler_state.rank(logits, token))
+            sequence.rank(self._sampler.rank(sequence.params.logprobs, logits, token))
+        state = sequence.sampler_state
+        state.advance(token)
+        if sequence.drafter is not None:
+            sequence.drafter.append(token)
         sequence.append(token)
+        if state.grammar is not None and state.grammar.finished:
+            sequence.finish(FinishReason.STOP)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from vlmchat.config import ModelConfig
+from vlmchat.config import DEMO_MODEL, ModelConfig
 from vlmchat.engine.adapters import base_of, read_adapter
 from vlmchat.engine.assemble import Opened, Precision, assemble
 from vlmchat.engine.checkpoint import Layout, layout_of
@@ -25,6 +25,7 @@ from vlmchat.engine.hf_checkpoint import open_hugging_face
 from vlmchat.engine.hub import find_base, find_checkpoint, read_config
 from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory, memory_errors
+from vlmchat.engine.shapes import find_shape
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec, unapplied
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
 from vlmchat.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -48,15 +49,22 @@ class LoadedModel:
     template: ConversationTemplate | None  # in place of the checkpoint's own
 
 
-def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedModel:
-    """See `Engine.load`."""
+def load_model(
+    config: ModelConfig, progress: Callable[[str], None], answer_tokens: int | None = None
+) -> LoadedModel:
+    """See `Engine.load`. answer_tokens: what the context must have room for besides a question."""
     started = time.perf_counter()
     _quiet_libraries()
     device = pick_device(config.device)
     chosen = template(config.conv_mode) if config.conv_mode else None
-    directory = find_checkpoint(config.path, config.revision, progress)
+    shape = find_shape(config.path)
+    directory = find_checkpoint(DEMO_MODEL if shape else config.path, config.revision, progress)
     layout = layout_of(directory, read_config(directory))
-    if layout is Layout.ADAPTER:
+    if shape is not None:
+        from vlmchat.engine.random_model import open_random
+
+        raw_config, opened = {"dtype": "bfloat16"}, open_random(shape, directory, device)
+    elif layout is Layout.ADAPTER:
         raw_config, opened = _open_adapter(directory, config, progress)
     else:
         raw_config = _read_config(directory)
@@ -72,13 +80,14 @@ def load_model(config: ModelConfig, progress: Callable[[str], None]) -> LoadedMo
     if ignored := ", ".join(unapplied(opened.generation_config)):
         progress(f"note: {ignored} in generation_config.json is not applied")
         details.append(("not applied", ignored))
+    spec = _spec(opened, config.context_length, answer_tokens)
     precision = Precision(device, pick_dtype(config.dtype, raw_config, device), config.quantization)
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
     with memory_errors(_ADVICE):
         assemble(opened.model, opened.tensors, precision, config.path, counter)
-    return _finish(config, opened, chosen, precision, started, details)
+    return _finish(config, opened, chosen, precision, spec, started, details)
 
 
 def _open(
@@ -125,24 +134,21 @@ def _finish(
     opened: Opened,
     chosen: ConversationTemplate | None,
     precision: Precision,
+    spec: ModelSpec,
     started: float,
     more: list[tuple[str, str]],
 ) -> LoadedModel:
     """more: details of the status that the caller knows."""
-    spec = read_spec(opened.model.config, opened.generation_config, opened.processor)
-    if opened.context_limit is not None:
-        spec = replace(spec, context_length=min(spec.context_length, opened.context_limit))
     details = [
         ("family", spec.family),
         ("device", str(precision.device)),
         ("precision", _words(precision)),
-        ("runner", "eager"),
     ]
     if chosen is not None:
         details.append(("template", chosen.name))
     status = Status(
         model=config.path,
-        context_length=_context_length(config.context_length, spec),
+        context_length=spec.context_length,
         load_s=time.perf_counter() - started,
         details=(*details, *more),
     )
@@ -205,14 +211,24 @@ def pick_dtype(name: str, raw_config: dict[str, Any], device: torch.device) -> t
     return dtype
 
 
-def _context_length(asked: int | None, spec: ModelSpec) -> int:
-    if asked is None:
-        return spec.context_length
-    if not 1 <= asked <= spec.context_length:
+def _spec(opened: Opened, context_length: int | None, answer_tokens: int | None) -> ModelSpec:
+    """What the engine must know, with the context length asked for, which must hold an answer."""
+    spec = read_spec(opened.model.config, opened.generation_config, opened.processor)
+    if opened.context_limit is not None:
+        spec = replace(spec, context_length=min(spec.context_length, opened.context_limit))
+    if context_length is not None:
+        if not 1 <= context_length <= spec.context_length:
+            raise ConfigError(
+                f"--context-length {context_length}: the model takes 1 to {spec.context_length} "
+                "tokens"
+            )
+        spec = replace(spec, context_length=context_length)
+    if answer_tokens is not None and answer_tokens >= spec.context_length:
         raise ConfigError(
-            f"--context-length {asked}: the model takes 1 to {spec.context_length} tokens"
+            f"--max-new-tokens {answer_tokens} leaves no room for a question in a context of "
+            f"{spec.context_length} tokens; lower it"
         )
-    return asked
+    return spec
 
 
 def _quiet_libraries() -> None:

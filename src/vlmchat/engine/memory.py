@@ -31,7 +31,7 @@ def check_memory(model: Any, precision: Precision) -> float:
     def need(kind: str | None) -> float:
         return needed_bytes(linear, other, precision.dtype.itemsize, kind)
 
-    needed, free = need(precision.quantization), _free_bytes(precision.device)
+    needed, free = need(precision.quantization), free_bytes(precision.device)
     if needed * HEADROOM > free:
         smaller = [k for k in QUANTIZED_BYTES if need(k) < needed and need(k) * HEADROOM <= free]
         advice = f"add --load-{smaller[0]} or " if smaller else ""
@@ -53,7 +53,8 @@ def memory_errors(message: str) -> Iterator[None]:
         raise OutOfMemory(message) from error
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
+    """What the device has free now."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)

@@ -8,7 +8,6 @@ Called from the engine's thread only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from transformers import DynamicCache
 
 from vlmchat.engine.memory import memory_errors
 from vlmchat.engine.sequence import Prompt
+from vlmchat.engine.sequence import Row as Row
 from vlmchat.engine.spec import BothWays, ModelSpec
 from vlmchat.engine.vision import VisionCache
 
@@ -23,15 +23,6 @@ _ADVICE = (
     "out of memory during the answer; start a shorter conversation (/clear), "
     "or use --context-length, --load-4bit or a smaller model"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """New tokens of one sequence in a decode step; its slot already holds `start` positions."""
-
-    slot: int
-    start: int
-    tokens: tuple[int, ...]  # at least one: the last drawn token, then drafted ones
 
 
 class Runner(Protocol):

@@ -1,63 +1,230 @@
-"""Draw the next token from logits: greedy, or temperature, then top-k, then top-p.
+"""Draw the next tokens from logits: penalties, bias and grammar, then greedy or by chance.
 
-The order is that of transformers' logits warpers. Called by the engine for each sequence.
+By chance means temperature, then top-k, then top-p, in the order of transformers' logits warpers.
+Each draw depends on its seed, its place in the answer and its logits only: what else is in the
+batch, guessing ahead, or going on with an answer begun elsewhere never changes it.
+Called by the engine for all sequences of a step at once.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Protocol
+
 import torch
 
-from vlmchat.errors import UnsupportedModel
-from vlmchat.request import SamplingParams
+from vlmchat.errors import InvalidRequest
+from vlmchat.request import Grammar, SamplingParams
+
+NOT_A_NUMBER = -1  # drawn where the logits are none, as after an overflow in float16
+# Of a filtered draw, so many likeliest tokens are sorted first; mostly that is enough.
+_SORTED_FIRST = 256
 
 
-class Sampler:
-    """The random state of one sequence. Its draws depend on its seed and its logits only."""
+class GrammarMask(Protocol):
+    """What form one answer must have, and how far it has come."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+    finished: bool  # nothing may follow: the answer ends
 
-    def draw(self, logits: torch.Tensor) -> int:
-        """logits: [vocabulary], any dtype and device. Greedy takes the first of equals.
+    def allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [V] as given, but -inf where a token must not follow."""
 
-        Raises UnsupportedModel when they are not numbers, as after an overflow in float16.
-        """
-        if logits.isnan().any():
-            raise UnsupportedModel(
-                "the model's output is not a number; its weights may be broken, or another --dtype "
-                "may hold them (bfloat16, float32)"
+    def advance(self, token: int) -> None:
+        """A token was drawn."""
+
+
+class SamplerState:
+    """How one sequence is drawn, and what its draws depend on besides the newest logits."""
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], grammar: GrammarMask | None
+    ) -> None:
+        self.params = params
+        self.grammar = grammar
+        self.num_drawn = 0
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._prompt_ids = prompt_ids
+        self._counts: torch.Tensor | None = None  # [V], of the answer's tokens
+        self._prompted: torch.Tensor | None = None  # [V], whether the prompt holds them
+        self._drawn: list[int] = []  # those not in `_counts` yet
+
+    @property
+    def _penalised(self) -> bool:
+        p = self.params
+        return p.repetition_penalty not in (None, 1) or bool(
+            p.presence_penalty or p.frequency_penalty
+        )
+
+    def advance(self, token: int) -> None:
+        """A token was drawn, here or elsewhere before."""
+        self.num_drawn += 1
+        if self._penalised:
+            self._drawn.append(token)
+        if self.grammar is not None:
+            self.grammar.advance(token)
+
+    def uniform(self) -> float:
+        """In [0, 1): the chance of the next draw."""
+        key = blake2b(f"{self._seed} {self.num_drawn}".encode(), digest_size=8).digest()
+        return (int.from_bytes(key, "big") >> 11) / 2**53
+
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [V] after penalties, bias and grammar; a new tensor if they change anything."""
+        if self._penalised:
+            logits = self._penalties(logits.float())
+        if self.params.logit_bias:
+            ids, bias = zip(*self.params.logit_bias, strict=True)
+            index = torch.tensor(ids, device=logits.device)
+            added = torch.tensor(bias, device=logits.device, dtype=torch.float32)
+            logits = logits.float().index_add(0, index, added)
+        return logits if self.grammar is None else self.grammar.allowed(logits)
+
+    def _penalties(self, logits: torch.Tensor) -> torch.Tensor:
+        """Repetition as transformers' RepetitionPenaltyLogitsProcessor, the others as OpenAI's."""
+        p = self.params
+        if self._counts is None or self._prompted is None:
+            self._counts = torch.zeros_like(logits)
+            self._prompted = torch.zeros_like(logits, dtype=torch.bool)
+            known = [token for token in set(self._prompt_ids) if token < len(logits)]
+            self._prompted[known] = True
+        if self._drawn:
+            drawn = torch.tensor(self._drawn, device=logits.device)
+            self._counts.index_add_(0, drawn, torch.ones_like(drawn, dtype=logits.dtype))
+            self._drawn.clear()
+        if p.repetition_penalty not in (None, 1):
+            worse = torch.where(
+                logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty
             )
-        if self._params.temperature == 0:
-            return int(logits.argmax())
-        # The best one becomes 0, in double: no temperature, however small, makes it infinite.
-        scores = logits.cpu().double()
-        scores = (scores - scores.max()) / self._params.temperature
-        scores = self._top_p(self._top_k(scores))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+            logits = torch.where(self._prompted | (self._counts > 0), worse, logits)
+        return logits - p.frequency_penalty * self._counts - p.presence_penalty * (self._counts > 0)
 
-    def rank(self, logits: torch.Tensor, token: int) -> list[tuple[int, float]]:
-        """(id, logprob) of `token`, then of the likeliest ones as `params.logprobs` says."""
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """repetition_penalty: the model's own, where a request says nothing.
+
+    make_grammar: the mask of a grammar; None: no request may have one.
+    """
+
+    repetition_penalty: float = 1.0
+    make_grammar: Callable[[Grammar], GrammarMask] | None = None
+
+    def start(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> SamplerState:
+        """The state of a sequence that goes on behind `params.resume`.
+
+        Raises InvalidRequest where the engine was given no grammars.
+        """
+        grammar = None
+        if params.grammar is not None:
+            if self.make_grammar is None:
+                raise InvalidRequest(
+                    "answers in a given form are not served here; leave the grammar out"
+                )
+            grammar = self.make_grammar(params.grammar)
+        if params.repetition_penalty is None and self.repetition_penalty != 1:
+            params = replace(params, repetition_penalty=self.repetition_penalty)
+        state = SamplerState(params, prompt_ids, grammar)
+        for token in params.resume:
+            state.advance(token)
+        return state
+
+    def draw(self, states: Sequence[SamplerState], logits: Sequence[torch.Tensor]) -> list[int]:
+        """One token for each row of logits [V], any dtype and device; NOT_A_NUMBER for a bad one.
+
+        Greedy takes the first of equals.
+        """
+        rows = [state.adjusted(row) for state, row in zip(states, logits, strict=True)]
+        drawn = [NOT_A_NUMBER] * len(rows)
+        for draw in (_greedy, _plain, _filtered):
+            chosen = [i for i, state in enumerate(states) if _way(state.params) is draw]
+            if chosen:
+                stacked = torch.stack([rows[i] for i in chosen])  # [R, V]
+                tokens = draw([states[i] for i in chosen], stacked)
+                for i, token in zip(chosen, tokens, strict=True):
+                    drawn[i] = token
+        return drawn
+
+    def rank(self, count: int, logits: torch.Tensor, token: int) -> list[tuple[int, float]]:
+        """(id, logprob) of `token`, then of the `count` likeliest, by the model's own logits."""
         logprobs = logits.float().log_softmax(-1)
-        top = logprobs.topk(min(self._params.logprobs or 0, logprobs.numel()))
+        top = logprobs.topk(min(count, logprobs.numel()))
         ids = [token, *top.indices.tolist()]
         return list(zip(ids, logprobs[ids].tolist(), strict=True))
 
-    def _top_k(self, scores: torch.Tensor) -> torch.Tensor:
-        k = min(self._params.top_k, scores.numel())
-        if k == 0:
-            return scores
-        return scores.masked_fill(scores < scores.topk(k).values[-1], -torch.inf)
 
-    def _top_p(self, scores: torch.Tensor) -> torch.Tensor:
-        if self._params.top_p >= 1.0:
-            return scores
-        ordered, order = scores.sort(descending=False)
-        # The least likely tokens go while their sum is within 1 - top_p; the best one stays.
-        remove = ordered.softmax(-1).cumsum(-1) <= 1.0 - self._params.top_p
-        remove[-1] = False
-        return scores.masked_fill(torch.empty_like(remove).scatter_(0, order, remove), -torch.inf)
+def _way(params: SamplingParams) -> Callable[[Sequence[SamplerState], torch.Tensor], list[int]]:
+    if params.temperature == 0:
+        return _greedy
+    return _filtered if params.top_k or params.top_p < 1 else _plain
+
+
+def _greedy(states: Sequence[SamplerState], logits: torch.Tensor) -> list[int]:
+    best = logits.max(-1)  # what is not a number wins
+    tokens: list[int] = best.indices.where(best.values.isfinite(), NOT_A_NUMBER).tolist()
+    return tokens
+
+
+def _plain(states: Sequence[SamplerState], logits: torch.Tensor) -> list[int]:
+    scores, good = _scores(states, logits)
+    tokens: list[int] = _pick(states, scores.exp()).where(good, NOT_A_NUMBER).tolist()
+    return tokens
+
+
+def _filtered(
+    states: Sequence[SamplerState], logits: torch.Tensor, most: int = _SORTED_FIRST
+) -> list[int]:
+    """By top-k, then top-p, among the `most` likeliest; anew among all where these do not do."""
+    scores, good = _scores(states, logits)
+    most = min(max(most, *(state.params.top_k for state in states)), scores.shape[-1])
+    values, ids = scores.topk(most)  # [R, most]
+    weights, total = values.exp(), scores.exp().sum(-1, keepdim=True)  # [R, most], [R, 1]
+    top_k = _column(states, scores, lambda p: min(p.top_k or most, most)).long()
+    limited = _column(states, scores, lambda p: bool(p.top_k)).bool()
+    # Equals of the last one stay, as in transformers.
+    weights = weights.where(~limited | (values >= values.gather(-1, top_k - 1)), 0)
+    total = weights.sum(-1, keepdim=True).where(limited, total)
+    wanted = _column(states, scores, lambda p: p.top_p) * total
+    reached = weights.cumsum(-1)
+    kept = reached - weights < wanted  # a token goes if the likelier ones do already
+    kept[:, 0] = True
+    tokens = ids.gather(-1, _pick(states, weights.where(kept, 0))[:, None])[:, 0]
+    found: list[int] = tokens.where(good, NOT_A_NUMBER).tolist()
+    if most < scores.shape[-1]:
+        short = (good & (reached[:, -1:] < wanted).where(~limited, False)[:, 0]).nonzero()[:, 0]
+        for i in short.tolist():
+            [found[i]] = _filtered([states[i]], logits[i : i + 1], scores.shape[-1])
+    return found
+
+
+def _scores(
+    states: Sequence[SamplerState], logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, V] in double, divided by the temperatures; [R], whether they are numbers.
+
+    The best one becomes 0 first, so that no temperature, however small, makes it infinite.
+    """
+    if logits.device.type == "mps":  # has no doubles
+        logits = logits.cpu()
+    logits = logits.double()
+    best = logits.max(-1, keepdim=True).values
+    scores = logits - best
+    return scores / _column(states, scores, lambda p: p.temperature), best.isfinite()[:, 0]
+
+
+def _pick(states: Sequence[SamplerState], weights: torch.Tensor) -> torch.Tensor:
+    """[R]: one index for each row of weights [R, N]."""
+    sums = weights.cumsum(-1)
+    chances = [[state.uniform()] for state in states]
+    aim = torch.tensor(chances, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, aim, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)
+
+
+def _column(
+    states: Sequence[SamplerState], like: torch.Tensor, value: Callable[[SamplingParams], float]
+) -> torch.Tensor:
+    """[R, 1]: a setting of each row."""
+    values = [[float(value(state.params))] for state in states]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)

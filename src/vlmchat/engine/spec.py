@@ -65,7 +65,6 @@ FAMILIES = {
 # What transformers' `generate` would take from a generation config besides end tokens; 0, 1 and
 # nothing at all leave an answer as it is.
 _UNAPPLIED = (
-    "repetition_penalty",
     "no_repeat_ngram_size",
     "bad_words_ids",
     "suppress_tokens",
@@ -89,6 +88,7 @@ class ModelSpec:
     image_token: stands for a picture in a rendered prompt.  image_token_id: what the model takes
     a picture's features for; not always the same token.
     crowds: see Family.  grid_positions: a picture's tokens have rows and columns as positions.
+    repetition_penalty: what the generation config says, 1 if nothing.
     """
 
     family: str
@@ -100,6 +100,7 @@ class ModelSpec:
     crowds: bool = False
     grid_positions: bool = False
     chat_template: str | None = None
+    repetition_penalty: float = 1.0
 
     @property
     def reusable_prefix(self) -> bool:
@@ -147,13 +148,14 @@ def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
         crowds=family.crowds,
         grid_positions="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         chat_template=None if processor.chat_template else family.chat_template,
+        repetition_penalty=getattr(generation_config, "repetition_penalty", None) or 1.0,
     )
 
 
 def unapplied(generation_config: Any) -> list[str]:
     """Settings of a generation config that change greedy answers too and are not applied here.
 
-    `repetition_penalty 1.05`; those that only say how to sample are the caller's to choose.
+    `no_repeat_ngram_size 3`; those that only say how to sample are the caller's to choose.
     """
     found = ((name, getattr(generation_config, name, None)) for name in _UNAPPLIED)
     return [f"{name} {value}" for name, value in found if value and value != 1]

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from vlmchat.engine.memory import memory_errors
 from vlmchat.engine.sequence import ImageSpan
 
+_ADVICE = "out of memory while a picture was encoded; use --load-4bit or a smaller model"
 # A LLaVA-1.5-7B picture is 576 x 4096 x 2 bytes = 4.7 MB.
 MAX_FEATURE_BYTES = 256 * 2**20
 
@@ -47,11 +49,13 @@ class VisionCache:
         self._in_one_tensor = False  # the model's own form: all pictures in one, or a list
         self.num_encoded = 0  # how often the vision tower ran
 
+    @torch.inference_mode()
     def features(self, span: ImageSpan) -> Features:
-        """The picture's features, from the cache or from the tower."""
+        """The picture's features, from the cache or from the tower. Raises OutOfMemory."""
         features = self._features.pop(span.digest, None)
         if features is None:
-            features = self._encode(span)
+            with memory_errors(_ADVICE):
+                features = self._encode(span)
         self._features[span.digest] = features
         self._evict()
         return features
