@@ -14,11 +14,14 @@ VlmchatError
 │     ├─ ImageRejected      not a picture, broken, or over a limit
 │     └─ FetchRefused       the address may not be reached
 ├─ NetworkError             no network, a server that does not answer, a failed download
+├─ Unauthorized             the server wants another key
+├─ Overloaded               the server has too much to do
+├─ SomeFailed               requests of a batch failed; their lines say why
 ├─ ModelError
 │  ├─ ModelNotFound
 │  ├─ UnsupportedModel
 │  └─ CheckpointError       files missing, tensors missing or wrongly shaped
-├─ DiskFull                 no room for a download
+├─ DiskFull                 no room on the disk
 ├─ OutOfMemory              before loading (with the numbers) or during an answer
 ├─ SessionError             a saved conversation cannot be read or written
 ├─ TerminalError            the clipboard or the terminal cannot do what was asked
@@ -71,8 +74,12 @@ class PromptTooLong(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int, image_tokens: int = 0) -> None:
+    def __init__(self, tokens: int, limit: int, image_tokens: int = 0, said: str = "") -> None:
+        """said: a server's words, where it gives no numbers; these are 0 then."""
         self.tokens, self.limit, self.image_tokens = tokens, limit, image_tokens
+        if said:
+            super().__init__(said)
+            return
         of_images = f" ({image_tokens} of them pictures)" if image_tokens else ""
         fewer_images = "use fewer pictures, " if image_tokens else ""
         super().__init__(
@@ -115,6 +122,29 @@ class NetworkError(VlmchatError):
     exit_code = 69
 
 
+class Unauthorized(VlmchatError):
+    """The server refuses the key, or wants one."""
+
+    code = "unauthorized"
+    http_status = 401
+    exit_code = 77
+
+
+class Overloaded(VlmchatError):
+    """The server has too much to do; ask again later."""
+
+    code = "overloaded"
+    http_status = 429
+    exit_code = 75
+
+
+class SomeFailed(VlmchatError):
+    """Some requests of a batch failed; the output says which and why."""
+
+    code = "some_failed"
+    exit_code = 1
+
+
 class ModelError(VlmchatError):
     """Anything wrong with the model that was asked for."""
 
@@ -144,7 +174,7 @@ class CheckpointError(ModelError):
 
 
 class DiskFull(VlmchatError):
-    """No room on the disk for a download."""
+    """No room on the disk."""
 
     code = "disk_full"
     http_status = 507

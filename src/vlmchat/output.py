@@ -19,9 +19,10 @@ from rich.text import Text
 from vlmchat.json_line import json_line
 from vlmchat.live_region import LiveRegion
 from vlmchat.markdown_stream import MarkdownStream, Row, printable
-from vlmchat.request import FinishReason, Status
+from vlmchat.request import DrawnToken, FinishReason, Status, Timings, Usage
 
 if TYPE_CHECKING:
+    from vlmchat.conversation import Conversation
     from vlmchat.session import Reply, Trimmed
 
 JSON_SCHEMA = 1
@@ -29,6 +30,18 @@ MIN_REDRAW_S = 1 / 15
 # Drawing may take this share of the time; the rest belongs to the model.
 MAX_DRAWING_SHARE = 0.15
 _WAITING = Row("\x1b[2m…\x1b[0m", 1)
+
+
+class Answered(Protocol):
+    """An answer that has ended: a `Reply`, or one line of a batch."""
+
+    answer: str
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    timings: Timings | None
+    tokens: tuple[DrawnToken, ...]
+    trimmed: Trimmed
+    conversation: Conversation
 
 
 class Printer(Protocol):
@@ -183,7 +196,7 @@ class JsonPrinter:
         self._stream.flush()
 
 
-def answer_json(reply: Reply, status: Status) -> dict[str, Any]:
+def answer_json(reply: Answered, status: Status) -> dict[str, Any]:
     """The answer object of schema 1; counts that nobody knows are null."""
     usage, timings, trimmed = reply.usage, reply.timings, reply.trimmed
     tokens = {"tokens": [asdict(token) for token in reply.tokens]} if reply.tokens else {}
@@ -227,7 +240,8 @@ def _trimming(trimmed: Trimmed) -> Iterator[str]:
     if trimmed.turns:
         turns = "the oldest turn" if trimmed.turns == 1 else f"the {trimmed.turns} oldest turns"
         stay = "" if trimmed.images else "; the pictures stay"
-        yield f"dropped {turns} ({trimmed.tokens} tokens) to stay inside the context{stay}"
+        tokens = "" if trimmed.tokens is None else f" ({trimmed.tokens} tokens)"
+        yield f"dropped {turns}{tokens} to stay inside the context{stay}"
     for image in trimmed.images:
         yield f"the picture {printable(image.source)} no longer fits and was dropped"
 
@@ -252,7 +266,8 @@ def _costs(reply: Reply, status: Status) -> Iterator[str]:
     if timings.tokens_per_second:
         parts.append(f"{timings.tokens_per_second:.0f} tok/s")
     used = usage.prompt_tokens + count
-    yield " · ".join([*parts, f"context {used}/{status.context_length}"])
+    of = f"/{status.context_length}" if status.context_length else ""
+    yield " · ".join([*parts, f"context {used}{of}"])
 
 
 @contextlib.contextmanager

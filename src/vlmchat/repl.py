@@ -110,9 +110,11 @@ class Repl:
 
     def _greet(self, resumed: SavedSession | None) -> None:
         chat, status = self.chat, self.chat.session.backend.status()
+        context = status.context_length
         chat.say(
-            f"{status.model} · context {status.context_length} tokens · "
-            "/help lists the commands, an empty line ends"
+            f"{status.model} · "
+            + (f"context {context} tokens · " if context else "")
+            + "/help lists the commands, an empty line ends"
         )
         if resumed is not None:
             chat.say_lost(resumed)

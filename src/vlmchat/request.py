@@ -150,7 +150,7 @@ class Status:
     """What a backend is and how it stands."""
 
     model: str
-    context_length: int  # tokens, prompt and answer together
+    context_length: int  # tokens, prompt and answer together; 0: a server that does not tell
     load_s: float = 0.0
     details: tuple[tuple[str, str], ...] = ()  # (label, value) for people: device, dtype, memory …
     load: Load | None = None
@@ -177,8 +177,12 @@ class Backend(Protocol):
         iteration raises EngineDead, OutOfMemory, NetworkError … when the answer fails.
         """
 
-    def count(self, conversation: Conversation) -> PromptSize:
-        """Exact size of the conversation's prompt as the model will see it."""
+    def count(self, conversation: Conversation) -> PromptSize | None:
+        """Exact size of the conversation's prompt as the model will see it.
+
+        None where nobody can tell (a server that does not count): `stream` then says what is
+        too long.
+        """
 
     def status(self) -> Status:
         """The model's name, context length and state."""

@@ -35,7 +35,7 @@ class Trimmed:
     """What the trimmer dropped before one answer."""
 
     turns: int = 0
-    tokens: int = 0
+    tokens: int | None = 0  # None: the backend cannot count them
     images: tuple[Image, ...] = ()
 
     def __bool__(self) -> bool:
@@ -138,8 +138,8 @@ class ChatSession:
         """Tokens that a prompt may have: the context length less the room for the answer."""
         return self.backend.status().context_length - self.params.max_new_tokens
 
-    def size(self) -> PromptSize:
-        """Exact size of the history as the model would see it now."""
+    def size(self) -> PromptSize | None:
+        """Exact size of the history as the model would see it now; None where nobody knows."""
         return self.backend.count(self._conversation)
 
     def set_params(self, params: SamplingParams) -> None:
@@ -219,8 +219,26 @@ class ChatSession:
         fitted, trimmed = fit(replace(history, pending=question), self.backend, self.budget)
         self.unanswered = unanswered
         self._changed()
-        stream = self.backend.stream(fitted, self.params)
+        fitted, trimmed, stream = self._stream(fitted, trimmed)
         return Reply(self, fitted, stream, trimmed, history.turns[: trimmed.turns])
+
+    def _stream(
+        self, conversation: Conversation, trimmed: Trimmed
+    ) -> tuple[Conversation, Trimmed, Stream]:
+        """The answer's stream. A backend that does not count says only now what is too long."""
+        own_images = len(conversation.pending.images) if conversation.pending else 0
+        while True:
+            try:
+                return conversation, trimmed, self.backend.stream(conversation, self.params)
+            except PromptTooLong:
+                if self.backend.count(conversation) is not None:
+                    raise
+                shorter = shorten(conversation, own_images)
+                if shorter is None:
+                    raise
+                conversation, dropped = shorter
+                turns, images = trimmed.turns + dropped.turns, trimmed.images + dropped.images
+                trimmed = Trimmed(turns, None, images)
 
     def _commit(self, reply: Reply) -> None:
         stopped = reply.finish_reason is FinishReason.CANCELLED
@@ -245,7 +263,7 @@ class ChatSession:
 
     def _check_room(self, params: SamplingParams) -> None:
         context = self.backend.status().context_length
-        if params.max_new_tokens >= context:
+        if 0 < context <= params.max_new_tokens:
             raise ConfigError(
                 f"--max-new-tokens {params.max_new_tokens} leaves no room for a question in a "
                 f"context of {context} tokens; lower it"
@@ -258,23 +276,48 @@ def fit(conversation: Conversation, backend: Backend, budget: int) -> tuple[Conv
     The system prompt, the pending message and the pictures stay; the oldest whole turns go, and
     their pictures move to the oldest turn kept. Pictures that would not fit even with no turn
     kept go, oldest first. Raises PromptTooLong when the pending message alone is too much.
+    A backend that cannot count is believed to have room: see `shorten`.
     """
     size = backend.count(conversation)
-    if size.tokens <= budget:
+    if size is None or size.tokens <= budget:
         return conversation, Trimmed()
     kept, dropped_images = conversation, []
     own_images = conversation.pending.images if conversation.pending else ()
-    while (fixed := backend.count(_without_turns(kept))).tokens > budget:
+    while (fixed := _count(_without_turns(kept), backend)).tokens > budget:
         if len(kept.images) == len(own_images):
             raise PromptTooLong(fixed.tokens, budget, fixed.image_tokens)
         dropped_images.append(kept.images[0])
         kept = kept.without_image(0)
     # Only turns can make room, so the low-water mark is a share of what turns may use.
     low_water = fixed.tokens + int((budget - fixed.tokens) * LOW_WATER)
-    while (tokens := backend.count(kept).tokens) > low_water and kept.turns:
+    while (tokens := _count(kept, backend).tokens) > low_water and kept.turns:
         kept = kept.without_oldest_turn()
     turns = len(conversation.turns) - len(kept.turns)
     return kept, Trimmed(turns, size.tokens - tokens, tuple(dropped_images))
+
+
+def shorten(conversation: Conversation, own_images: int) -> tuple[Conversation, Trimmed] | None:
+    """One step shorter, for backends that cannot count: as `fit` would, were all turns alike.
+
+    The oldest turns go; with none left, the oldest picture, but never the last `own_images`, which
+    belong to the pending message. None when nothing more can go.
+    """
+    turns = len(conversation.turns)
+    if turns:
+        dropped = max(1, round(turns * (1 - LOW_WATER)))
+        for _ in range(dropped):
+            conversation = conversation.without_oldest_turn()
+        return conversation, Trimmed(dropped, None)
+    if len(conversation.images) > own_images:
+        image = conversation.images[0]
+        return conversation.without_image(0), Trimmed(0, None, (image,))
+    return None
+
+
+def _count(conversation: Conversation, backend: Backend) -> PromptSize:
+    size = backend.count(conversation)
+    assert size is not None, "a backend that counts does so always"
+    return size
 
 
 def _images_of(turns: tuple[Turn, ...]) -> set[Image]:

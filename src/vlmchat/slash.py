@@ -373,6 +373,8 @@ def _gauge(chat: Chat) -> Text:
     """How much of the context the history takes, and what is kept for the answer."""
     session = chat.session
     size, context = session.size(), session.backend.status().context_length
+    if size is None or not context:
+        return Text("the server does not tell how full the context is", "dim")
     used = round(_GAUGE_CELLS * min(1.0, size.tokens / context))
     kept = round(_GAUGE_CELLS * session.params.max_new_tokens / context)
     free = max(0, _GAUGE_CELLS - used - kept)

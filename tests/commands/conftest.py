@@ -63,7 +63,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """The command line with a scripted model in place of every other."""
     runner = Cli(monkeypatch, capsys)
 
-    def load(config: ModelConfig, progress: object) -> ScriptedBackend:
+    def load(config: ModelConfig, progress: object, *limits: object) -> ScriptedBackend:
         runner.loaded.append(config)
         return runner.backend
 

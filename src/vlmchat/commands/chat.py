@@ -10,9 +10,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,11 +22,13 @@ from vlmchat.commands import sessions
 from vlmchat.commands.exit import reporting
 from vlmchat.commands.options import (
     ChatOptions,
+    EngineOptions,
     FileOptions,
     ImageOptions,
     ModelOptions,
     OutputOptions,
     SamplingOptions,
+    ServerOptions,
 )
 from vlmchat.commands.settings import given, state_path
 from vlmchat.errors import ConfigError, InvalidRequest, NoInput
@@ -35,10 +37,10 @@ from vlmchat.request import FinishReason
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vlmchat.config import ModelConfig
+    from vlmchat.config import EngineConfig, ModelConfig
     from vlmchat.engine.engine import Engine
     from vlmchat.output import JsonPrinter, TextPrinter
-    from vlmchat.request import Status
+    from vlmchat.request import Backend, Status
     from vlmchat.session import ChatSession, Reply
 
     AnyPrinter = TypeVar("AnyPrinter", TextPrinter, JsonPrinter)
@@ -48,9 +50,11 @@ def chat(
     ctx: typer.Context,
     asked: ChatOptions,
     model: ModelOptions,
+    engine_options: EngineOptions,
     sampling: SamplingOptions,
     images: ImageOptions,
     output: OutputOptions,
+    server: ServerOptions,
     file: FileOptions,
 ) -> None:
     """Chat about pictures.
@@ -63,6 +67,7 @@ def chat(
             raise ConfigError("--logprobs goes with --json")
         questions = read_questions(asked, output)
         params, config = sampling.build(), model.build()
+        limits = engine_options.build(params.max_new_tokens)
         from rich.console import Console
 
         from vlmchat.images import ImageLoader
@@ -77,7 +82,9 @@ def chat(
             config = replace(config, path=saved.model)
         kept = questions is None or asked.session or asked.resume
         autosave = sessions.autosave(asked, store, saved, config.path) if kept else None
-        with closing(load(config, err, debug=output.debug)) as engine:
+        with closing(open_backend(ctx, server, config, limits, err, debug=output.debug)) as engine:
+            if autosave is not None and server.server is not None:
+                autosave.model = engine.status().model
             session = sessions.begin(engine, params, asked.system, saved, given(ctx))
             session.on_change = autosave
             for picture in pictures:
@@ -98,8 +105,39 @@ def chat(
                 ask_all(session, questions, printer, show)
 
 
-def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
+def open_backend(
+    ctx: typer.Context,
+    server: ServerOptions,
+    config: ModelConfig,
+    limits: EngineConfig,
+    err: Console,
+    *,
+    debug: bool,
+) -> Backend:
+    """Whoever answers: the engine with its model, or the server that was asked for."""
+    if server.server is None:
+        return load(config, limits, err, debug=debug)
+    options = {param.name: param.opts[0] for param in ctx.command.params}
+    here = {f.name for group in (ModelOptions, EngineOptions) for f in fields(group)}
+    for name in given(ctx) & here - {"model_path"}:
+        raise ConfigError(f"{options[name]} is for a model here; it does not go with --server")
+    from vlmchat.client import Client
+
+    model = config.path if "model_path" in given(ctx) else None
+    return Client(server.server, server.api_key, model, server.server_timeout)
+
+
+def load(config: ModelConfig, limits: EngineConfig, err: Console, *, debug: bool) -> Engine:
     """The engine with its model; its stages are shown on `err` while they last."""
+    with showing_stages(err, debug=debug) as show:
+        from vlmchat.engine.engine import Engine
+
+        return Engine.load(config, show, limits)
+
+
+@contextmanager
+def showing_stages(err: Console, *, debug: bool) -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows on `err` what is being done, until the `with` ends."""
     if debug:
         logging.getLogger("vlmchat").setLevel(logging.DEBUG)
         logging.basicConfig(format="%(name)s: %(message)s")
@@ -120,9 +158,7 @@ def load(config: ModelConfig, err: Console, *, debug: bool) -> Engine:
 
     show("starting")
     try:
-        from vlmchat.engine.engine import Engine
-
-        return Engine.load(config, show)
+        yield show
     finally:
         status.stop()
 
@@ -133,7 +169,7 @@ def _somebody_watches() -> bool:
 
 
 def text_printer(
-    output: OutputOptions, out: Console, err: Console, engine: Engine, *, stats: bool
+    output: OutputOptions, out: Console, err: Console, engine: Backend, *, stats: bool
 ) -> TextPrinter:
     """Prints answers for people."""
     from vlmchat.output import TextPrinter
@@ -142,7 +178,7 @@ def text_printer(
     return _with_prompt(printer, engine) if output.debug else printer
 
 
-def json_printer(output: OutputOptions, engine: Engine) -> JsonPrinter:
+def json_printer(output: OutputOptions, engine: Backend) -> JsonPrinter:
     """Prints answers for programs."""
     from vlmchat.output import JsonPrinter
 
@@ -150,13 +186,19 @@ def json_printer(output: OutputOptions, engine: Engine) -> JsonPrinter:
     return _with_prompt(printer, engine) if output.debug else printer
 
 
-def _with_prompt(printer: AnyPrinter, engine: Engine) -> AnyPrinter:
-    """The printer; after each answer it shows the prompt, as the model saw it, on stderr."""
+def _with_prompt(printer: AnyPrinter, engine: Backend) -> AnyPrinter:
+    """The printer; after each answer it shows the prompt, as the model saw it, on stderr.
+
+    A server does not tell that.
+    """
+    render = getattr(engine, "render", None)
+    if render is None:
+        return printer
     answer = printer.answer
 
     def answer_and_prompt(reply: Reply, status: Status) -> None:
         answer(reply, status)
-        print(engine.render(reply.conversation), file=sys.stderr)
+        print(render(reply.conversation), file=sys.stderr)
 
     printer.answer = answer_and_prompt  # type: ignore[method-assign]
     return printer

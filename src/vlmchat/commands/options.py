@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 
 import typer
 from typer.core import TyperCommand
+from typer.models import ArgumentInfo
 
 from vlmchat.commands.settings import model_alias, read_aliases, read_config, state_path
 from vlmchat.config import (
@@ -67,17 +68,20 @@ def _parameters(group: Any) -> list[Parameter]:
 def _parameter(group: Any, field: Any, kind: Any, declared: Any) -> Parameter:
     """One field as Typer wants it: a list for a tuple, the environment variable, the panel."""
     option = copy(declared)
-    flag = next(f for f in (option.default, *(option.param_decls or ())) if f.startswith("--"))
-    option.envvar = "VLMCHAT_" + flag.split("/")[0].strip("-").replace("-", "_").upper()
     option.rich_help_panel = group.panel
-    if field.default is False:
-        option.show_default = False
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
     annotation = Annotated[kind, option]
-    return Parameter(
+    parameter = Parameter(
         field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
     )
+    if isinstance(option, ArgumentInfo):
+        return parameter
+    flag = next(f for f in (option.default, *(option.param_decls or ())) if f.startswith("--"))
+    option.envvar = "VLMCHAT_" + flag.split("/")[0].strip("-").replace("-", "_").upper()
+    if field.default is False:
+        option.show_default = False
+    return parameter
 
 
 class GroupedCommand(TyperCommand):
@@ -441,3 +445,33 @@ class OutputOptions:
         bool,
         typer.Option("--debug/--no-debug", help="Show the full prompt, and where errors arose."),
     ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """A server that answers in place of a model here."""
+
+    panel: ClassVar = "Server"
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="Ask this OpenAI-compatible server; --model-path is then the model's name there.",
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", metavar="KEY", help="The server's key; better given as the variable."
+        ),
+    ] = None
+    server_timeout: Annotated[
+        float,
+        typer.Option(
+            "--server-timeout",
+            metavar="SECONDS",
+            min=0.001,
+            help="How long the server may be silent.",
+        ),
+    ] = 600.0

@@ -106,14 +106,20 @@ def _aliases(path: Path, document: dict[str, Any]) -> dict[str, str]:
 
 
 def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[str, Any]:
-    """Option values by parameter name; the command's own table wins over the keys above it."""
+    """Option values by parameter name; the command's own table wins over the keys above it.
+
+    Tables of other commands, and keys above them that only other commands have, are theirs.
+    """
     table = document.pop(str(ctx.info_name), {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {ctx.info_name!r} must be a table: [{ctx.info_name}]")
-    options = _options_by_key(ctx)
+    options, others = _options_by_key(ctx.command), _other_commands(ctx)
+    theirs = {key for other in others.values() for key in _options_by_key(other)}
     merged = {}
     for key, value in [*document.items(), *table.items()]:
         name = key.replace("_", "-")
+        if name not in options and key not in table and (name in others or name in theirs):
+            continue
         if name not in options:
             close = get_close_matches(name, options, n=1)
             raise ConfigError(
@@ -125,10 +131,17 @@ def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[st
     return merged
 
 
-def _options_by_key(ctx: typer.Context) -> dict[str, tuple[Any, bool]]:
+def _other_commands(ctx: typer.Context) -> dict[str, Any]:
+    """Name -> command, for those beside this one that a settings file is for too."""
+    commands = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
+    reading = {n: c for n, c in commands.items() if any(p.name == "config" for p in c.params)}
+    return {name: other for name, other in reading.items() if name != ctx.info_name}
+
+
+def _options_by_key(command: Any) -> dict[str, tuple[Any, bool]]:
     """Key -> (option, whether the key is its negative form), for all but --config and --help."""
     options: dict[str, tuple[Any, bool]] = {}
-    for param in ctx.command.params:
+    for param in command.params:
         if param.name not in UNSETTABLE:
             options |= {flag[2:]: (param, False) for flag in param.opts if flag[:2] == "--"}
             options |= {flag[2:]: (param, True) for flag in param.secondary_opts}
