@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmchat import __version__
+from vlmchat.commands.batch import batch
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
 from vlmchat.commands.exit import end_on_signals, reporting
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("chat", cls=GroupedCommand)(grouped(chat))
+app.command("batch", cls=GroupedCommand)(grouped(batch))
 app.command("config")(config)
 app.add_typer(models, name="models")
 
