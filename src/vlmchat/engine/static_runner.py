@@ -79,7 +79,7 @@ class StaticRunner:
         self._head = model.get_output_embeddings()
         self._device, self._dtype = model.device, self._embedding.weight.dtype
         self.num_slots = num_slots
-        with torch.inference_mode(), memory_errors(_ADVICE):
+        with torch.no_grad(), memory_errors(_ADVICE):
             self._lean = LeanModel(model.get_decoder(), context_length)
             cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
             self._cache = cache(

@@ -1,0 +1,272 @@
+"""The fast runner against plain `generate`: in parts, from prefixes, many at once, with drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from tests.engine.reference import Reference
+from tests.families import make_family
+from tests.pictures import noise_image
+from vlmchat.config import DEMO_MODEL, ImagePolicy
+from vlmchat.conversation import Conversation
+from vlmchat.engine.hub import find_checkpoint
+from vlmchat.engine.processor import Processor
+from vlmchat.engine.runner import Row
+from vlmchat.engine.sequence import Prompt
+from vlmchat.engine.spec import read_spec
+from vlmchat.engine.static_runner import StaticRunner, unsupported
+from vlmchat.engine.vision import VisionCache
+from vlmchat.images import ImageLoader
+
+PLAIN = ["llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm"]
+NUM_SLOTS, CONTEXT, NEW_TOKENS = 8, 400, 10
+WIDE, TALL, SMALL = noise_image(1, 90, 30), noise_image(2, 33, 70), noise_image(3, 20, 20)
+
+ONE = Conversation().ask("what is it", (WIDE,))
+TWO = ONE.answered("it is red").ask("and these", (TALL, SMALL))
+THREE = TWO.answered("").ask("\nwhy is it blue")
+OTHER = Conversation().ask("what is it", (TALL,))
+EIGHT = (
+    *(ONE, TWO, THREE, OTHER, Conversation().ask("hello")),
+    Conversation(system="be brief").ask("this", (SMALL, SMALL)),
+    *(Conversation().ask("w " * n, (SMALL,)) for n in (1, 40)),
+)
+
+
+class Case:
+    """A model with its reference, and a runner whose cache is NaN wherever nothing was written."""
+
+    def __init__(self, directory: Path, kv_dtype: torch.dtype | None = None) -> None:
+        self.reference = Reference(directory)
+        self.model = self.reference.model
+        self.spec = read_spec(
+            self.model.config, self.model.generation_config, self.reference.processor
+        )
+        self.processor = Processor(self.reference.processor, self.spec)
+        self.vision = VisionCache(self.model)
+        assert unsupported(self.model, self.spec) is None
+        self.runner = self.fresh(kv_dtype)
+        self._answers: dict[Conversation, list[int]] = {}
+
+    def fresh(self, kv_dtype: torch.dtype | None = None) -> StaticRunner:
+        """Another runner over the same model."""
+        runner = StaticRunner(self.model, self.spec, self.vision, NUM_SLOTS, CONTEXT, kv_dtype)
+        if kv_dtype is None:
+            runner._cache._data.fill_(torch.nan)
+        return runner
+
+    def expected(self, conversation: Conversation) -> list[int]:
+        """Plain `generate`, end token included."""
+        if conversation not in self._answers:
+            ids = self.reference.answer_ids(conversation, NEW_TOKENS)
+            self._answers[conversation] = ids
+        return self._answers[conversation]
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        """The conversation as the engine would give it."""
+        return self.processor.encode(conversation)
+
+    def answers(self, slots: dict[int, tuple[Prompt, torch.Tensor]]) -> dict[int, list[int]]:
+        """Greedy answers of all slots, decoded together; given prompts' logits by slot."""
+        tokens = {slot: [int(logits.argmax())] for slot, (_, logits) in slots.items()}
+
+        def open_slots() -> list[int]:
+            eos = self.spec.eos_token_ids
+            return [s for s, t in tokens.items() if t[-1] not in eos and len(t) < NEW_TOKENS]
+
+        while running := open_slots():
+            starts = {s: len(slots[s][0].ids) + len(tokens[s]) - 1 for s in running}
+            rows = [Row(s, starts[s], (tokens[s][-1],)) for s in running]
+            for slot, logits in zip(running, self.runner.decode(rows), strict=True):
+                tokens[slot].append(int(logits[0].argmax()))
+        return tokens
+
+    def answer(self, prompt: Prompt, slot: int, logits: torch.Tensor) -> list[int]:
+        """Of one slot alone."""
+        return self.answers({slot: (prompt, logits)})[slot]
+
+
+def prefill(
+    runner: StaticRunner, slot: int, prompt: Prompt, cuts: Sequence[int] = (), start: int = 0
+) -> torch.Tensor:
+    """In parts that end at `cuts`."""
+    logits = None
+    for stop in (*cuts, len(prompt.ids)):
+        assert logits is None
+        logits = runner.prefill(slot, prompt, start, stop)
+        start = stop
+    assert logits is not None
+    return logits
+
+
+@pytest.fixture(scope="module", params=PLAIN)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(make_family(request.param, tmp_path_factory.mktemp(request.param) / "model"))
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(make_family("llava", tmp_path_factory.mktemp("llava") / "model"))
+
+
+def test_static_runner_answers_as_generate_when_eight_go_together(case: Case) -> None:
+    prompts = [case.prompt(conversation) for conversation in EIGHT]
+    slots = {i: (p, prefill(case.runner, i, p)) for i, p in enumerate(prompts)}
+    answers = case.answers(slots)
+    for slot, conversation in enumerate(EIGHT):
+        assert answers[slot] == case.expected(conversation)
+
+
+def test_static_runner_answers_as_generate_when_prompts_come_in_parts(case: Case) -> None:
+    prompt = case.prompt(THREE)
+    whole = prefill(case.runner, 0, prompt)
+    for cut in range(1, len(prompt.ids)):
+        torch.testing.assert_close(
+            prefill(case.runner, 1, prompt, [cut]), whole, rtol=1e-3, atol=1e-3
+        )
+    every = range(7, len(prompt.ids), 7)
+    logits = prefill(case.runner, 2, prompt, every)
+    assert case.answer(prompt, 2, logits) == case.expected(THREE)
+
+
+def test_static_runner_answers_as_generate_from_the_prefix_of_another_prompt(case: Case) -> None:
+    prefill(case.runner, 3, case.prompt(THREE))
+    prompt = case.prompt(TWO.answered("no").ask("and now", (WIDE,)))
+    pairs = zip(prompt.match_ids, case.prompt(THREE).match_ids, strict=False)
+    common = [a == b for a, b in pairs].index(False)
+    assert common > prompt.images[0].stop
+    logits = prefill(case.runner, 3, prompt, start=common)
+    expected = case.expected(TWO.answered("no").ask("and now", (WIDE,)))
+    assert case.answer(prompt, 3, logits) == expected
+
+
+def test_static_runner_copies_a_prefix_from_a_slot_that_goes_on(case: Case) -> None:
+    one, two = case.prompt(ONE), case.prompt(OTHER)
+    inside = one.images[0].start + 2  # the pictures differ: the second one is computed anew
+    logits = prefill(case.runner, 0, one)
+    case.runner.copy_prefix(0, 5, len(one.ids) - 1)
+    again = prefill(case.runner, 5, one, start=len(one.ids) - 1)
+    case.runner.copy_prefix(0, 6, inside)
+    other = prefill(case.runner, 6, two, start=one.images[0].start)
+    answers = case.answers({0: (one, logits), 5: (one, again), 6: (two, other)})
+    assert answers[0] == answers[5] == case.expected(ONE)
+    assert answers[6] == case.expected(OTHER)
+
+
+def test_static_runner_decodes_drafts_as_one_token_after_the_other(case: Case) -> None:
+    prompts = {0: case.prompt(TWO), 1: case.prompt(OTHER)}
+    drafts = {0: (5, 9, 7, 6), 1: (8, 8)}
+    single = {}
+    for slot, prompt in prompts.items():
+        length = len(prompt.ids)
+        prefill(case.runner, slot, prompt)
+        steps = [Row(slot, length + i, (token,)) for i, token in enumerate(drafts[slot])]
+        single[slot] = torch.cat([case.runner.decode([step])[0] for step in steps])
+    wrong = [Row(slot, len(prompts[slot].ids), (6, 6, 6, 6, 6)) for slot in prompts]
+    case.runner.decode(wrong)  # what a rejected draft leaves behind
+    rows = [Row(slot, len(prompts[slot].ids), drafts[slot]) for slot in prompts]
+    for slot, found in zip(prompts, case.runner.decode(rows), strict=True):
+        torch.testing.assert_close(found, single[slot], rtol=1e-3, atol=1e-3)
+
+
+def test_static_runner_decodes_rows_as_each_alone_when_rows_end_and_lengths_differ(
+    llava: Case,
+) -> None:
+    prompts = [llava.prompt(conversation) for conversation in EIGHT]
+    for slot, prompt in enumerate(prompts):
+        prefill(llava.runner, slot, prompt)
+    rows = [
+        Row(slot, len(prompt.ids), (7,) * (slot % 3 + 1)) for slot, prompt in enumerate(prompts)
+    ]
+    together = llava.runner.decode(rows[::-1])[::-1]
+    for row, found in zip(rows, together, strict=True):
+        torch.testing.assert_close(found, llava.runner.decode([row])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_static_runner_writes_to_no_other_slot_and_no_other_position(llava: Case) -> None:
+    runner, prompt = llava.fresh(), llava.prompt(TWO)
+    prefill(runner, 3, prompt, [20])
+    runner.decode([Row(3, len(prompt.ids), (5, 6))])
+    written = ~runner._cache._data.isnan()
+    expected = torch.zeros_like(written)
+    expected[:, 3, :, : len(prompt.ids) + 2] = True
+    assert torch.equal(written, expected)
+
+
+def test_static_runner_gives_each_answer_after_warming_up(llava: Case) -> None:
+    runner = llava.fresh()
+    runner.warm_up(llava.prompt(THREE))
+    prompt = llava.prompt(OTHER)
+    assert llava.answer(prompt, 0, prefill(runner, 0, prompt))[0] == llava.expected(OTHER)[0]
+
+
+def test_static_runner_in_8_bits_is_near_and_does_not_depend_on_parts_or_company(
+    case: Case,
+) -> None:
+    runner, prompt = case.fresh(torch.int8), case.prompt(TWO)
+    exact = prefill(case.runner, 0, prompt)
+    found = prefill(runner, 0, prompt)
+    spread = float(exact.std())
+    assert 0 < float((found - exact).abs().max()) < 0.5 * spread
+    parts = prefill(runner, 1, prompt, [9, 30, 31])
+    torch.testing.assert_close(parts, found, rtol=1e-3, atol=0.05 * spread)
+    runner.copy_prefix(1, 2, len(prompt.ids))
+    rows = [Row(slot, len(prompt.ids), (5,)) for slot in (0, 1, 2)]
+    for logits in runner.decode(rows):
+        torch.testing.assert_close(logits, runner.decode(rows[:1])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_static_runner_answers_as_generate_with_the_demo_model() -> None:
+    case = Case(find_checkpoint(DEMO_MODEL, None, lambda stage: None))
+    picture = ImageLoader(ImagePolicy()).load("examples/shapes.png")
+    for question in ("Describe the image.", "How many shapes are there?"):
+        asked = Conversation().ask(question, (picture,))
+        prompt = case.prompt(asked)
+        logits = prefill(case.runner, 0, prompt, [30])
+        assert case.answer(prompt, 0, logits) == case.expected(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma3", "attend to later"),
+        ("paligemma", "attend to later"),
+        ("qwen2_vl", "rows and columns"),
+        ("qwen3_vl", "rows and columns"),
+    ],
+)
+def test_unsupported_says_why_of_families_that_are_not_plain(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    reference = Reference(make_family(name, tmp_path / "model"))
+    model = reference.model
+    spec = read_spec(model.config, model.generation_config, reference.processor)
+    assert reason in str(unsupported(model, spec))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (hf.LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
+        (hf.MistralConfig(sliding_window=64), "last 64 tokens"),
+        (hf.MistralConfig(sliding_window=CONTEXT), None),
+        (hf.GemmaConfig(), "GemmaModel"),
+        (hf.Qwen3Config(), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", "reason"),
+)
+def test_unsupported_says_why_of_language_models_that_are_not_plain(
+    config: Any, reason: str | None, llava: Case
+) -> None:
+    spec = llava.spec.__class__("LLaVA", "<image>", 2, frozenset(), CONTEXT)
+    whole = hf.LlavaConfig(text_config=config, vision_config=hf.CLIPVisionConfig())
+    with torch.device("meta"):
+        model = hf.LlavaForConditionalGeneration(whole)
+    found = unsupported(model, spec)
+    assert found is None if reason is None else reason in str(found)
