@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.engine.originals import ASKED, first_logits, load
 from tests.engine.reference import Reference
 from tests.families import make_family
+from tests.original import ANYRES, make_original
 from tests.pictures import noise_image
 from vlmchat.config import DEMO_MODEL, ImagePolicy
 from vlmchat.conversation import Conversation
@@ -230,6 +232,26 @@ def test_static_runner_answers_as_generate_with_the_demo_model() -> None:
         prompt = case.prompt(asked)
         logits = prefill(case.runner, 0, prompt, [30])
         assert case.answer(prompt, 0, logits) == case.expected(asked)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="vicuna"),
+        pytest.param(ANYRES, id="anyres"),
+        pytest.param({"model_type": "llava_mistral", "num_key_value_heads": 2}, id="mistral"),
+    ],
+)
+def test_static_runner_gives_the_logits_of_checkpoints_in_llavas_own_layout(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    made = make_original(tmp_path / "made", **changes)
+    loaded = load(made.directory)
+    expected = first_logits(loaded)
+    prompt = Processor(loaded.processor, loaded.spec, loaded.template).encode(ASKED)
+    runner = StaticRunner(loaded.model, loaded.spec, VisionCache(loaded.model), 1, CONTEXT)
+    logits = prefill(runner, 0, prompt, [30, 50])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
