@@ -14,6 +14,9 @@ from vlmchat.request import SamplingParams
 DEFAULT_MODEL = "liuhaotian/llava-v1.5-7b"
 DEMO_MODEL = "demo"
 
+# 8bit and 4bit are whatever is the default on the device: see `loader.pick_kind`.
+QUANTIZATIONS = ("8bit", "4bit", "int8", "int4", "bnb-int8", "bnb-nf4")
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
@@ -36,7 +39,7 @@ class ModelConfig:
     revision: str | None = None
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str | None = None  # None | "8bit" | "4bit"
+    quantization: str | None = None  # None, or one of QUANTIZATIONS
     context_length: int | None = None  # None: what the model's config says
     conv_mode: str | None = None
     runner: str = "auto"  # auto | static | eager

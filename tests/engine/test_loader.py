@@ -17,10 +17,10 @@ from transformers import AutoModelForImageTextToText
 from tests.original import write_as_original
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
-from vlmchat.config import ModelConfig
+from vlmchat.config import QUANTIZATIONS, ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine
-from vlmchat.engine.loader import load_model
+from vlmchat.engine.loader import load_model, pick_kind
 from vlmchat.errors import (
     CheckpointError,
     ConfigError,
@@ -127,12 +127,34 @@ def test_model_written_in_the_original_layout_answers_as_itself(tiny: Path, tmp_
     assert answer(replace(config, path=str(written))) == answer(config)
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_quantised_model_answers_on_a_cpu(tiny: Path, quantization: str) -> None:
     assert answer(ModelConfig(str(tiny), device="cpu", quantization=quantization))
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    ("asked", "device", "kind"),
+    [
+        ("8bit", "cpu", "int8"),
+        ("4bit", "cpu", "int4"),
+        ("8bit", "cuda:0", "bnb-int8"),
+        ("4bit", "cuda:0", "bnb-nf4"),
+        ("bnb-nf4", "cpu", "bnb-nf4"),
+        (None, "cpu", None),
+    ],
+)
+def test_kind_of_quantisation_is_the_devices_unless_it_is_named(
+    asked: str | None, device: str, kind: str | None
+) -> None:
+    assert pick_kind(asked, torch.device(device)) == kind
+
+
+def test_packed_layers_are_refused_on_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="use bnb-nf4, or --device cpu"):
+        pick_kind("int4", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit", "bnb-int8", "bnb-nf4"])
 def test_quantised_model_keeps_all_other_weights_in_the_dtype(
     tiny: Path, quantization: str
 ) -> None:

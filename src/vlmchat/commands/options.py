@@ -201,6 +201,14 @@ class ModelOptions:
     load_4bit: Annotated[
         bool, typer.Option("--load-4bit/--no-load-4bit", help="Quantise the weights to 4 bits.")
     ] = False
+    quantization: Annotated[
+        Literal["int8", "int4", "bnb-int8", "bnb-nf4"] | None,
+        typer.Option(
+            "--quantization",
+            help="Instead of --load-8bit or --load-4bit, which choose by the device: packed for "
+            "CPUs, or by bitsandbytes.",
+        ),
+    ] = None
     context_length: Annotated[
         int | None,
         typer.Option(
@@ -225,16 +233,19 @@ class ModelOptions:
     ] = "auto"
 
     def build(self) -> ModelConfig:
-        """The settings for the engine; ConfigError when both quantisations are asked for."""
-        if self.load_8bit and self.load_4bit:
-            raise ConfigError("--load-8bit and --load-4bit are both on; choose one")
+        """The settings for the engine; ConfigError when two quantisations are asked for."""
+        asked = {"--load-8bit": self.load_8bit and "8bit", "--load-4bit": self.load_4bit and "4bit"}
+        asked["--quantization"] = self.quantization or False
+        on = {option: kind for option, kind in asked.items() if kind}
+        if len(on) > 1:
+            raise ConfigError(f"{' and '.join(on)} are both on; choose one")
         return ModelConfig(
             path=self.model_path,
             base=self.model_base,
             revision=self.revision,
             device=self.device,
             dtype=self.dtype,
-            quantization="8bit" if self.load_8bit else "4bit" if self.load_4bit else None,
+            quantization=next(iter(on.values()), None),
             context_length=self.context_length,
             conv_mode=self.conv_mode,
             runner=self.runner,

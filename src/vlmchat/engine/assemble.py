@@ -24,7 +24,7 @@ COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids)$"
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What weights become: their device, their dtype, and "8bit", "4bit" or None."""
+    """What weights become: their device, their dtype, and a kind of `quantize.KINDS` or None."""
 
     device: torch.device
     dtype: torch.dtype

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from vlmchat.config import DEMO_MODEL, ModelConfig
+from vlmchat.config import DEMO_MODEL, QUANTIZATIONS, ModelConfig
 from vlmchat.engine.adapters import base_of, read_adapter
 from vlmchat.engine.assemble import Opened, Precision, assemble
 from vlmchat.engine.checkpoint import Layout, layout_of
@@ -56,6 +56,7 @@ def load_model(
     started = time.perf_counter()
     _quiet_libraries()
     device = pick_device(config.device)
+    kind = pick_kind(config.quantization, device)
     chosen = template(config.conv_mode) if config.conv_mode else None
     shape = find_shape(config.path)
     directory = find_checkpoint(DEMO_MODEL if shape else config.path, config.revision, progress)
@@ -81,7 +82,7 @@ def load_model(
         progress(f"note: {ignored} in generation_config.json is not applied")
         details.append(("not applied", ignored))
     spec = _spec(opened, config.context_length, answer_tokens)
-    precision = Precision(device, pick_dtype(config.dtype, raw_config, device), config.quantization)
+    precision = Precision(device, pick_dtype(config.dtype, raw_config, device), kind)
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
@@ -209,6 +210,22 @@ def pick_dtype(name: str, raw_config: dict[str, Any], device: torch.device) -> t
     if dtype is torch.float16 and device.type == "cpu":
         return torch.bfloat16
     return dtype
+
+
+def pick_kind(asked: str | None, device: torch.device) -> str | None:
+    """The kind of quantised layers: asked for by name, or 8bit or 4bit as is best on the device."""
+    if asked is None:
+        return None
+    if asked not in QUANTIZATIONS:
+        raise ConfigError(f"--quantization {asked}: give {', '.join(QUANTIZATIONS[2:])}")
+    on_cpu = device.type == "cpu"
+    if asked in ("int8", "int4") and not on_cpu:
+        raise ConfigError(
+            f"--quantization {asked} is for CPUs, the device is {device}; "
+            f"use bnb-{'nf4' if asked == 'int4' else 'int8'}, or --device cpu"
+        )
+    by_device = ("int8", "int4") if on_cpu else ("bnb-int8", "bnb-nf4")
+    return dict(zip(("8bit", "4bit"), by_device, strict=True)).get(asked, asked)
 
 
 def _spec(opened: Opened, context_length: int | None, answer_tokens: int | None) -> ModelSpec:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from vlmchat.engine.assemble import Precision
-from vlmchat.engine.weights import HEADROOM, QUANTIZED_BYTES, is_linear, needed_bytes
+from vlmchat.engine.weights import HEADROOM, is_linear, needed_bytes
 from vlmchat.errors import OutOfMemory
 
 # torch has a class of its own for CUDA only: its CPU allocator, Metal and cuBLAS say it in words.
@@ -33,7 +33,7 @@ def check_memory(model: Any, precision: Precision) -> float:
 
     needed, free = need(precision.quantization), free_bytes(precision.device)
     if needed * HEADROOM > free:
-        smaller = [k for k in QUANTIZED_BYTES if need(k) < needed and need(k) * HEADROOM <= free]
+        smaller = [k for k in ("8bit", "4bit") if need(k) < needed and need(k) * HEADROOM <= free]
         advice = f"add --load-{smaller[0]} or " if smaller else ""
         raise OutOfMemory(
             f"the model needs {needed * HEADROOM / 1e9:.1f} GB on {precision.device}, "

@@ -16,7 +16,7 @@ KERNEL_GROUPS = (32, 64, 128, 256)  # Source: torch's _weight_int4pack_mm_for_cp
 TILE = 64  # rows that the kernel packs together, or a multiple of these
 # Up to so many rows the packed product, which unpacks for every four of them, is the faster one;
 # past that the weights are unpacked once. See docs/performance.md.
-_PACKED_ROWS_INT4, _PACKED_ROWS_INT8 = 40, 12
+_PACKED_ROWS_INT4, _PACKED_ROWS_INT8 = 56, 10
 _INT8_INPUTS = 16  # torch's kernel for 8 bits reads so many at once, also past the end
 _ONEDNN_ROWS = 8  # what oneDNN lays weights out for; it takes any other number too
 

@@ -1,4 +1,4 @@
-"""Make bitsandbytes' 8-bit and 4-bit layers of a language model's linear layers.
+"""Make quantised layers of a language model's linear layers: packed for CPUs, or bitsandbytes'.
 
 Called as the weights arrive, so that a model never exists in 16 bits as a whole. The output head,
 the projector and the vision tower keep their precision: they are small, and an answer about a
@@ -11,9 +11,13 @@ import ctypes
 import sys
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
+
+from vlmchat.engine.packed import int4_linear, int8_linear
+
+PACKED = {"int4": int4_linear, "int8": int8_linear}  # for CPUs
+KINDS = (*PACKED, "bnb-int8", "bnb-nf4")
 
 
 def quantized(
@@ -25,12 +29,33 @@ def quantized(
 ) -> Any:
     """A layer on `device` in place of `linear`, whose own weight may be on the meta device.
 
-    weight: [out, in], of any floating dtype.
-    kind: "8bit" (LLM.int8) or "4bit" (NF4 with double quantisation).
+    weight: [out, in], of any floating dtype.  kind: one of KINDS; bnb-int8 is LLM.int8, bnb-nf4 is
+    NF4 with double quantisation.
     """
+    bias = linear.bias
+    if bias is not None and not bias.is_meta:
+        bias = nn.Parameter(bias.to(device))
+    if kind in PACKED:
+        layer: Any = PACKED[kind](weight.to(device), compute_dtype)
+    else:
+        layer = _by_bitsandbytes(linear, weight, kind, device, compute_dtype)
+    layer.bias = bias
+    give_memory_back()
+    return layer
+
+
+def _by_bitsandbytes(
+    linear: nn.Linear,
+    weight: torch.Tensor,
+    kind: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> Any:
+    import bitsandbytes as bnb  # here, since it takes a second that packed layers do not need
+
     shape = linear.in_features, linear.out_features, linear.bias is not None
     layer: Any
-    if kind == "8bit":
+    if kind == "bnb-int8":
         layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
         # bitsandbytes quantises a half-precision weight when it is moved to its device.
         parameter = bnb.nn.Int8Params(weight.half(), requires_grad=False)
@@ -51,13 +76,10 @@ def quantized(
             quant_type="nf4",
         )
     layer.weight = parameter.to(device)
-    _give_memory_back()
-    if linear.bias is not None:
-        layer.bias = linear.bias if linear.bias.is_meta else nn.Parameter(linear.bias.to(device))
     return layer
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """The C library keeps what is freed, here as much as the whole model in 16 bits."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it not

@@ -23,8 +23,10 @@ from typing import Any
 from vlmchat.engine.hub import is_weights, needed_files
 from vlmchat.errors import CheckpointError
 
-# Bytes per weight of the language model's linear layers. NF4: 4 bits and its block statistics.
-QUANTIZED_BYTES = {"8bit": 1.01, "4bit": 0.52}
+# Bytes per weight of the language model's linear layers: 8 or 4 bits, and their scales. Where the
+# device decides, the most.
+QUANTIZED_BYTES = {"8bit": 1.01, "4bit": 0.63}
+QUANTIZED_BYTES |= {"int8": 1.01, "int4": 0.63, "bnb-int8": 1.01, "bnb-nf4": 0.52}
 # Room for activations, the first keys and values, and what loading itself allocates.
 HEADROOM = 1.1
 
