@@ -14,6 +14,7 @@ import typer
 
 from vlmchat import __version__
 from vlmchat.commands.batch import batch
+from vlmchat.commands.bench import bench
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
 from vlmchat.commands.exit import end_on_signals, reporting
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("chat", cls=GroupedCommand)(grouped(chat))
 app.command("batch", cls=GroupedCommand)(grouped(batch))
+app.command("bench", cls=GroupedCommand)(grouped(bench))
 app.command("config")(config)
 app.add_typer(models, name="models")
 
