@@ -118,7 +118,7 @@ class Client:
         timeout = httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
         limits = httpx2.Limits(max_connections=None)
         self._http = httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits)
-        self._counts: bool | None = None  # whether the server counts; None: not asked yet
+        self._counts = False  # whether the server does
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -132,36 +132,24 @@ class Client:
             raise
 
     def stream(self, conversation: Conversation, params: SamplingParams) -> ClientStream:
-        """See `Backend.stream`.
-
-        Where the server does not count and turns could be dropped, this waits until it has taken
-        the prompt; otherwise PromptTooLong may also come from the iteration.
-        """
+        """See `Backend.stream`; PromptTooLong, as all else, comes from the iteration."""
         body = write_body(conversation, params, self._status.model)
         items: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
-        taken = threading.Event()
-        future = self._submit(self._answer(body, items.put, taken.set))
+        future = self._submit(self._answer(body, items.put))
 
         def ended(future: Future[None]) -> None:
             if future.cancelled():
                 items.put(Delta("", FinishReason.CANCELLED))
             elif (error := future.exception()) is not None:
                 items.put(error)
-            taken.set()
 
         future.add_done_callback(ended)
-        stream = ClientStream(items, future)
-        if conversation.turns and not self._counts:
-            taken.wait()
-            error = future.exception() if future.done() and not future.cancelled() else None
-            if isinstance(error, PromptTooLong):
-                raise error
-        return stream
+        return ClientStream(items, future)
 
     def count(self, conversation: Conversation) -> PromptSize | None:
         """See `Backend.count`: exact where the server has our endpoint for it, else None."""
         messages = write_messages(conversation)
-        if self._counts is False or not messages:
+        if not self._counts or not messages:
             return None
         return self._wait(self._count({"model": self._status.model, "messages": messages}))
 
@@ -214,21 +202,25 @@ class Client:
         model = model or names[0]
         entry = models[names.index(model)] if model in names else {}
         details = (("server", _shown(self._root)),)
-        return Status(model, _context_length(entry), details=details)
+        context = await self._counted_context(model)
+        self._counts = context is not None
+        return Status(model, context or _context_length(entry), details=details)
 
-    async def _count(self, body: Body) -> PromptSize | None:
+    async def _count(self, body: Body) -> PromptSize:
+        told = await self._ask("POST", "vlmchat/count", body)
         try:
-            told = await self._ask("POST", "vlmchat/count", body)
-            size = PromptSize(int(told["tokens"]), int(told["image_tokens"]))
-        except (ModelNotFound, KeyError, TypeError, ValueError):
-            if self._counts:
-                raise
-            self._counts = False
+            return PromptSize(int(told["tokens"]), int(told["image_tokens"]))
+        except (KeyError, TypeError, ValueError):
+            raise NetworkError(f"{_shown(self._root)} does not count as it did before") from None
+
+    async def _counted_context(self, model: str) -> int | None:
+        """The context length, as a server of ours that can count tells it; else None."""
+        body = {"model": model, "messages": [{"role": "user", "content": "?"}]}
+        try:
+            told = (await self._ask("POST", "vlmchat/count", body)).get("context_length")
+        except (ModelNotFound, InvalidRequest, NetworkError):  # whatever others make of it
             return None
-        self._counts = True
-        if context := told.get("context_length"):
-            self._status = Status(self._status.model, int(context), details=self._status.details)
-        return size
+        return told if isinstance(told, int) else None
 
     async def _ask(self, method: str, path: str, body: Body | None = None) -> Body:
         async with self._open(method, path, body) as response:
@@ -241,13 +233,10 @@ class Client:
             raise NetworkError(f"{_shown(str(response.url))} did not answer with a JSON object")
         return answer
 
-    async def _answer(
-        self, body: Body, put: Callable[[Delta], None], taken: Callable[[], None]
-    ) -> None:
+    async def _answer(self, body: Body, put: Callable[[Delta], None]) -> None:
         """One answer from request to end. Raises VlmchatError."""
         gathered = _Gathered()
         async with self._open("POST", "chat/completions", body) as response:
-            taken()
             async for event in httpx2.EventSource(response):
                 if event.data == "[DONE]":
                     gathered.done = True

@@ -180,8 +180,8 @@ class Backend(Protocol):
     def count(self, conversation: Conversation) -> PromptSize | None:
         """Exact size of the conversation's prompt as the model will see it.
 
-        None where nobody can tell (a server that does not count): `stream` then says what is
-        too long.
+        None where nobody can tell (a server that does not count): then it is the iteration of
+        the stream that raises PromptTooLong.
         """
 
     def status(self) -> Status:

@@ -55,13 +55,15 @@ class Reply:
         conversation: Conversation,
         stream: Stream,
         trimmed: Trimmed,
-        dropped: tuple[Turn, ...] = (),
+        history: tuple[Turn, ...] = (),
     ) -> None:
         self._session = session
         self._stream = stream
+        self._history = history
+        self._own_images = len(conversation.pending.images) if conversation.pending else 0
+        self._cancelled = False
         self.conversation = conversation
         self.trimmed = trimmed
-        self.dropped = dropped
         self.answer = ""
         self.finish_reason: FinishReason | None = None
         self.usage: Usage | None = None
@@ -72,12 +74,35 @@ class Reply:
         return self
 
     def __iter__(self) -> Iterator[Delta]:
-        for delta in self._stream:
+        for delta in self._deltas():
             self.answer += delta.text
             if delta.finish_reason is not None:
                 self.finish_reason = delta.finish_reason
                 self.usage, self.timings, self.tokens = delta.usage, delta.timings, delta.tokens
             yield delta
+
+    def _deltas(self) -> Iterator[Delta]:
+        """The stream's; where the backend finds the prompt too long only now, of a shorter one."""
+        backend = self._session.backend
+        while True:
+            try:
+                yield from self._stream
+                return
+            except PromptTooLong:
+                shorter = shorten(self.conversation, self._own_images)
+                if shorter is None or backend.count(self.conversation) is not None:
+                    raise
+                self.conversation, dropped = shorter
+                turns = self.trimmed.turns + dropped.turns
+                self.trimmed = Trimmed(turns, None, self.trimmed.images + dropped.images)
+            self._stream = backend.stream(self.conversation, self._session.params)
+            if self._cancelled:
+                self._stream.cancel()
+
+    @property
+    def dropped(self) -> tuple[Turn, ...]:
+        """The turns that the trimmer dropped."""
+        return self._history[: self.trimmed.turns]
 
     @property
     def over(self) -> bool:
@@ -86,6 +111,7 @@ class Reply:
 
     def cancel(self) -> None:
         """Stop the answer; what was said so far is kept."""
+        self._cancelled = True
         self._stream.cancel()
 
     def __exit__(
@@ -219,26 +245,8 @@ class ChatSession:
         fitted, trimmed = fit(replace(history, pending=question), self.backend, self.budget)
         self.unanswered = unanswered
         self._changed()
-        fitted, trimmed, stream = self._stream(fitted, trimmed)
-        return Reply(self, fitted, stream, trimmed, history.turns[: trimmed.turns])
-
-    def _stream(
-        self, conversation: Conversation, trimmed: Trimmed
-    ) -> tuple[Conversation, Trimmed, Stream]:
-        """The answer's stream. A backend that does not count says only now what is too long."""
-        own_images = len(conversation.pending.images) if conversation.pending else 0
-        while True:
-            try:
-                return conversation, trimmed, self.backend.stream(conversation, self.params)
-            except PromptTooLong:
-                if self.backend.count(conversation) is not None:
-                    raise
-                shorter = shorten(conversation, own_images)
-                if shorter is None:
-                    raise
-                conversation, dropped = shorter
-                turns, images = trimmed.turns + dropped.turns, trimmed.images + dropped.images
-                trimmed = Trimmed(turns, None, images)
+        stream = self.backend.stream(fitted, self.params)
+        return Reply(self, fitted, stream, trimmed, history.turns)
 
     def _commit(self, reply: Reply) -> None:
         stopped = reply.finish_reason is FinishReason.CANCELLED
