@@ -1,4 +1,4 @@
-"""What quantising costs in answers: 8-bit, 4-bit and bfloat16 against float32.
+"""What fewer bits cost in answers: each way of quantising, and bfloat16, against float32.
 
 Every precision is shown the prompt and the greedy answer of float32, token by token, and gives its
 distribution of each next token. Told are the Kullback-Leibler divergence of these from float32's,
@@ -27,11 +27,15 @@ QUESTIONS = (
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 NUM_PICTURES = 6
 NEW_TOKENS = 32
-# name -> (dtype, quantisation); what is not quantised stays exact, so that its cost stands alone.
+# name -> (dtype, quantisation); but for the last, what is not quantised stays exact, so that its
+# cost stands alone.
 PRECISIONS = {
     "bfloat16": ("bfloat16", None),
-    "8-bit": ("float32", "8bit"),
-    "4-bit": ("float32", "4bit"),
+    "int8": ("float32", "int8"),
+    "bnb-int8": ("float32", "bnb-int8"),
+    "int4": ("float32", "int4"),
+    "bnb-nf4": ("float32", "bnb-nf4"),
+    "int4, bfloat16": ("bfloat16", "int4"),
 }
 
 

@@ -23,6 +23,6 @@ def test_fidelity_is_perfect_for_float32_and_worse_with_fewer_bits(
     assert float(divergence.abs().max()) < 1e-6
     assert float(agreement.mean()) == 1
     assert answers == [True] * 8
-    means = [float(measured[name][0].mean()) for name in ("float32", "8-bit", "4-bit")]
+    means = [float(measured[name][0].mean()) for name in ("float32", "int8", "int4")]
     assert means == sorted(means)
     assert means[1] > 1e-4

@@ -17,6 +17,8 @@ TILE = 64  # rows that the kernel packs together, or a multiple of these
 # Up to so many rows the packed product, which unpacks for every four of them, is the faster one;
 # past that the weights are unpacked once. See docs/performance.md.
 _PACKED_ROWS_INT4, _PACKED_ROWS_INT8 = 56, 10
+_WEIGHTS_AT_ONCE = 2**18  # as many as stay in a core's cache while they are quantised
+_REFINEMENTS = 2
 _INT8_INPUTS = 16  # torch's kernel for 8 bits reads so many at once, also past the end
 _ONEDNN_ROWS = 8  # what oneDNN lays weights out for; it takes any other number too
 
@@ -219,16 +221,32 @@ def int8_linear(
 def quantize_groups(
     weight: torch.Tensor, group: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Levels [out, in] uint8, scales and zeros [out, groups] in `dtype`, of a weight [out, in].
+    """Levels [out, in] uint8, scales and zeros [out, groups] in `dtype`, of a weight [out, in]."""
+    rows = max(_WEIGHTS_AT_ONCE // weight.shape[1], 1)
+    parts = [_quantize_rows(part, group, dtype) for part in weight.split(rows)]
+    levels, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
+    return levels[:, : weight.shape[1]], scales, zeros
 
-    The smallest and the largest weight of a group are its ends. Scale and zero are rounded first,
-    so that the levels make up for it.
-    """
-    num_inputs = weight.shape[1]
-    groups = F.pad(weight.float(), (0, -num_inputs % group)).unflatten(1, (-1, group))
-    low, high = groups.aminmax(dim=-1)
-    scales = ((high - low) / 15).clamp(min=torch.finfo(dtype).tiny).to(dtype)
-    zeros = (low + 8 * scales.float()).to(dtype)
-    levels = (groups - zeros.float()[..., None]) / scales.float()[..., None]
-    levels = levels.round_().add_(8).clamp_(0, 15).to(torch.uint8)
-    return levels.flatten(1)[:, :num_inputs], scales, zeros
+
+def _quantize_rows(
+    weight: torch.Tensor, group: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First the levels go from a group's least weight to its greatest; then, by turns, scale and
+    zero become the best for the levels (least squares), and the levels the nearest for these."""
+    groups = F.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+    least, greatest = groups.aminmax(dim=-1, keepdim=True)
+    tiny = torch.finfo(dtype).tiny
+    scales = ((greatest - least) / 15).clamp_(min=tiny)
+    zeros = least + 8 * scales
+    mean = groups.mean(dim=-1, keepdim=True)
+    for _ in range(_REFINEMENTS):
+        levels = (groups - zeros).div_(scales).round_()
+        middle = levels.mean(dim=-1, keepdim=True)
+        levels -= middle
+        spread = levels.square().sum(dim=-1, keepdim=True).clamp_(min=tiny)
+        scales = ((levels * groups).sum(dim=-1, keepdim=True) / spread).clamp_(min=tiny)
+        zeros = mean - middle * scales
+    # Rounded before the levels are chosen, so that these make up for it.
+    scales, zeros = scales.to(dtype), zeros.to(dtype)
+    levels = (groups - zeros.float()).div_(scales.float()).round_().add_(8).clamp_(0, 15)
+    return levels.to(torch.uint8).flatten(1), scales[..., 0], zeros[..., 0]
