@@ -82,10 +82,11 @@ class AnswersFile:
 
     def close(self) -> None:
         """Make sure that it is on the disk, and let others have it."""
-        try:
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        if not self._file.closed:
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
     def _cut_torn_line(self) -> None:
         """A last line without its end: completed if only that is missing, else cut off."""

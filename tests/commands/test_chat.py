@@ -33,7 +33,9 @@ def test_chat_leaves_notes_of_loading_on_stderr_in_one_line(
 ) -> None:
     note = "note: " + "x " * 100 + "end"
 
-    def load(config: ModelConfig, progress: Callable[[str], None]) -> ScriptedBackend:
+    def load(
+        config: ModelConfig, progress: Callable[[str], None], *limits: object
+    ) -> ScriptedBackend:
         progress("loading")
         progress(note)
         return cli.backend

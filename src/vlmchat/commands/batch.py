@@ -146,6 +146,8 @@ def _check(asked: BatchOptions) -> str:
         raise ConfigError("-o is missing: where do the answers go? '-' is stdout")
     if asked.output == "-" and asked.as_json:
         raise ConfigError("--json and -o - both write to stdout; choose one")
+    if not Path(asked.output).parent.is_dir():
+        raise ConfigError(f"-o {asked.output}: there is no such folder")
     if asked.images:
         if not (asked.prompt or "").strip():
             raise NoInput("there is no question: --image goes with -p")
@@ -185,8 +187,11 @@ def _source(asked: BatchOptions) -> Source:
         with path.open("rb") as file:
             yield from read_requests(file)
 
-    with path.open("rb"):  # there, and readable
-        return Source(read, path.parent.absolute())
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise NoInput(f"{path} cannot be read: {(error.strerror or '').lower()}") from None
+    return Source(read, path.parent.absolute())
 
 
 def _answers(
