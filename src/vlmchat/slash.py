@@ -255,6 +255,10 @@ def _stats(chat: Chat, argument: str) -> None:
         ("from the cache", f"{totals.cached_tokens} ({share:.0%} of the prompts)"),
         ("tokens answered", str(totals.completion_tokens)),
     ]
+    if (load := status.load) is not None:
+        rows.append(("pictures", f"{load.images}, {load.images_cached} of them seen before"))
+        if load.drafted:
+            rows.append(("guessed ahead", f"{load.drafted} tokens, {load.accepted} of them right"))
     chat.print_rows(rows)
 
 

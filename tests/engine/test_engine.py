@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from vlmchat.engine.runner import Row
 from vlmchat.engine.sampler import Sampler
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import read_spec
-from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong, UnsupportedModel
-from vlmchat.request import Delta, FinishReason, SamplingParams, Status
+from vlmchat.errors import EngineDead, InvalidRequest, OutOfMemory, PromptTooLong, UnsupportedModel
+from vlmchat.request import Delta, FinishReason, Grammar, SamplingParams, Status
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 QUESTION = Conversation().ask("what is it")
@@ -34,27 +35,29 @@ class ScriptedRunner:
     def __init__(self, tokenizer: object, text: str) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         self.script = [*ids, tokenizer.eos_token_id]  # type: ignore[attr-defined]
-        self.said: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
         self.before_step: Callable[[str], None] = lambda kind: None
         self.prefills: list[tuple[int, int]] = []  # (slot, start)
         self.copies: list[tuple[int, int, int]] = []
 
-    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor:
+    def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
         self.before_step("prefill")
         self.prefills.append((slot, start))
-        self.said[slot] = 0
-        return self._next(slot)
+        self.sizes[slot] = len(prompt.ids)
+        return self.logits(0) if stop == len(prompt.ids) else None
 
     def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         self.before_step("decode")
-        return [self._next(row.slot)[None] for row in rows]
+        return [self._row(row.start + 1 - self.sizes[row.slot], len(row.tokens)) for row in rows]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         self.copies.append((source, target, length))
 
-    def _next(self, slot: int) -> torch.Tensor:
-        token = self.script[min(self.said[slot], len(self.script) - 1)]
-        self.said[slot] += 1
+    def _row(self, first: int, count: int) -> torch.Tensor:
+        return torch.stack([self.logits(place) for place in range(first, first + count)])
+
+    def logits(self, place: int) -> torch.Tensor:
+        token = self.script[min(place, len(self.script) - 1)]
         return torch.nn.functional.one_hot(torch.tensor(token), 400).float()
 
 
@@ -191,7 +194,7 @@ def test_engine_fails_one_turn_and_lives_when_the_output_is_not_a_number(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(runner_of(engine), "_next", lambda slot: torch.full((400,), torch.nan))
+        broken.setattr(runner_of(engine), "logits", lambda place: torch.full((400,), torch.nan))
         with pytest.raises(UnsupportedModel):
             list(engine.stream(QUESTION, GREEDY))
     assert text_of(list(engine.stream(QUESTION, GREEDY))) == "one two three"
@@ -238,3 +241,107 @@ def test_engine_reports_the_tokens_and_their_logprobs_when_asked(engine: Engine)
     assert all(t.top == (t.drawn,) for t in last.tokens)
     assert "".join(t.drawn.token for t in last.tokens) == "one two three</s>"
     assert list(engine.stream(QUESTION, GREEDY))[-1].tokens == ()
+
+
+class Ends:
+    """A grammar that allows one token only and is over after two."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+        self.drawn = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.drawn == 2
+
+    def allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(self.token), 0.0)
+
+    def advance(self, token: int) -> None:
+        assert token == self.token
+        self.drawn += 1
+
+
+def test_engine_draws_only_what_a_grammar_allows_and_ends_with_it(processor: Processor) -> None:
+    runner = ScriptedRunner(processor.tokenizer, "one two three")
+    sampler = Sampler(make_grammar=lambda grammar: Ends(int(grammar.text)))
+    engine = Engine(runner, processor, sampler, frozenset({1}), Status("scripted", 256))
+    params = replace(GREEDY, grammar=Grammar("regex", "7"))
+    deltas = list(engine.stream(QUESTION, params))
+    engine.close()
+    assert [token for delta in deltas for token in delta.token_ids] == [7, 7]
+    assert deltas[-1].finish_reason is FinishReason.STOP
+
+
+def test_engine_without_grammars_refuses_a_request_for_one(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest):
+        engine.stream(QUESTION, replace(GREEDY, grammar=Grammar("regex", "7")))
+
+
+def test_engine_goes_on_where_the_end_token_is_ignored(engine: Engine) -> None:
+    last = list(engine.stream(QUESTION, replace(GREEDY, ignore_eos=True)))[-1]
+    assert last.finish_reason is FinishReason.LENGTH
+    assert last.usage is not None
+    assert last.usage.completion_tokens == GREEDY.max_new_tokens
+
+
+def test_engine_sends_every_token_id_once(engine: Engine) -> None:
+    deltas = list(engine.stream(QUESTION, GREEDY))
+    assert [t for delta in deltas for t in delta.token_ids] == runner_of(engine).script
+
+
+def test_engine_sends_nothing_again_of_an_answer_it_goes_on_with(engine: Engine) -> None:
+    runner = runner_of(engine)
+    kept, rest = tuple(runner.script[:3]), runner.script[3:]
+    runner.script = rest
+    deltas = list(engine.stream(QUESTION, replace(GREEDY, resume=kept)))
+    assert [t for delta in deltas for t in delta.token_ids] == rest
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == len(kept) + len(rest)
+    assert deltas[-1].usage.prompt_tokens == engine.count(QUESTION).tokens
+
+
+def test_engine_ends_at_once_what_was_answered_before(engine: Engine) -> None:
+    params = replace(GREEDY, resume=tuple(runner_of(engine).script))
+    assert [d.finish_reason for d in engine.stream(QUESTION, params)] == [FinishReason.STOP]
+
+
+def test_engine_tells_what_it_does_and_has_done(engine: Engine) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    runner_of(engine).before_step = lambda kind: (reached.set(), go_on.wait(10), None)[2]
+    streams = [engine.stream(QUESTION, GREEDY) for _ in range(5)]
+    assert reached.wait(10)
+    load = engine.status().load
+    assert load is not None
+    assert (load.running + load.waiting, load.slots) == (5, 2)
+    go_on.set()
+    for stream in streams:
+        list(stream)
+    load = engine.status().load
+    assert load is not None
+    assert (load.running, load.waiting, load.waiting_tokens) == (0, 0, 0)
+    assert load.prompt_tokens == 5 * engine.count(QUESTION).tokens
+    assert load.generated_tokens == 5 * len(runner_of(engine).script)
+
+
+def test_engine_cancels_between_the_parts_of_a_prompt(engine: Engine) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    runner_of(engine).before_step = lambda kind: (reached.set(), go_on.wait(10), None)[2]
+    engine._scheduler._max_num_batched_tokens = 4
+    stream = engine.stream(QUESTION, GREEDY)
+    assert reached.wait(10)
+    stream.cancel()
+    go_on.set()
+    assert list(stream)[-1].finish_reason is FinishReason.CANCELLED
+    assert runner_of(engine).prefills == [(0, 0)]
+
+
+def test_engine_copies_what_another_slot_has_of_a_picture(engine: Engine) -> None:
+    pictures = (noise_image(1),)
+    asked = [Conversation("be brief " * 5).ask(text, pictures) for text in ("what", "why")]
+    for stream in [engine.stream(conversation, GREEDY) for conversation in asked]:
+        list(stream)
+    [(source, target, length)] = runner_of(engine).copies
+    assert (source, target) == (0, 1)
+    [span] = engine._processor.encode(asked[0]).images
+    assert length >= span.stop
