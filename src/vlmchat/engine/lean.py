@@ -125,10 +125,10 @@ class LeanModel:
             attention_norm=layer.input_layernorm.weight,
             qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
             head_norm=head_norm,
-            output=attention.o_proj,
+            output=fuse([attention.o_proj]),
             mlp_norm=layer.post_attention_layernorm.weight,
             gate_up=fuse([mlp.gate_proj, mlp.up_proj]),
-            down=mlp.down_proj,
+            down=fuse([mlp.down_proj]),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
+from vlmchat.engine.fused import fuse
 from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
 from vlmchat.engine.lean import LeanModel, Span
 from vlmchat.engine.memory import memory_errors
@@ -76,10 +77,10 @@ class StaticRunner:
         self._image_token_id = spec.image_token_id
         self._vision = vision
         self._embedding = model.get_input_embeddings()
-        self._head = model.get_output_embeddings()
         self._device, self._dtype = model.device, self._embedding.weight.dtype
         self.num_slots = num_slots
         with torch.no_grad(), memory_errors(_ADVICE):
+            self._head = fuse([model.get_output_embeddings()])
             self._lean = LeanModel(model.get_decoder(), context_length)
             cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
             self._cache = cache(
