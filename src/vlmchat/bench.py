@@ -28,8 +28,7 @@ from vlmchat.request import Backend, SamplingParams, Stream, Timings, Usage
 # Of the JSON object that `report` makes: another number when a field changes its meaning or goes.
 VERSION = 1
 PICTURE_SIDE = 336  # pixels
-_SECOND_QUESTION = "And what else can be said of it?"
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_SECOND_QUESTION = "7 8 9 10 11 12 13 14"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ class Figure:
 
 
 @dataclass(slots=True)
-class _Questions:
+class Questions:
     """Questions of one size, no two alike."""
 
     backend: Backend
@@ -152,7 +151,7 @@ class _Questions:
         return Conversation().ask(self._text(self.words), pictures)
 
     def _text(self, words: int) -> str:
-        return " ".join("".join(self.draw.choices(_LETTERS, k=4)) for _ in range(words))
+        return " ".join(str(self.draw.randrange(1000)) for _ in range(words))
 
     def _count(self, text: str) -> int:
         return self.backend.count(Conversation().ask(text)).tokens
@@ -180,7 +179,7 @@ def measure(
     """
     progress("warming up")
     for tokens in plan.question_tokens:
-        questions = _Questions(backend, tokens, plan.image)
+        questions = Questions(backend, tokens, plan.image)
         for width in plan.widths:
             _ask_all(backend, [questions.next() for _ in range(width)], _params(2))
         for new_tokens in plan.new_tokens:
@@ -190,7 +189,7 @@ def measure(
 
 
 def _measure(
-    questions: _Questions, new_tokens: int, width: int, runs: int, bounds: Bounds | None
+    questions: Questions, new_tokens: int, width: int, runs: int, bounds: Bounds | None
 ) -> Iterator[Figure]:
     """Both turns of one width."""
     turns: tuple[list[Figure], list[Figure]] = ([], [])

@@ -139,7 +139,7 @@ def _run(
         show("measuring the machine")
         machine = measure_machine(loaded.model.device, loaded.model.dtype)
         work = work_of(loaded.model)
-        with closing(Engine.over(loaded, config, limits)) as engine:
+        with closing(Engine.over(loaded, config, limits, show)) as engine:
             bounds = _bounds(machine, work)
             figures = list(measure(engine, plan, bounds, show))
             status = engine.status()
@@ -182,6 +182,7 @@ def _object(
 
 def _table(status: Status, machine: Machine, figures: Sequence[Figure]) -> Table:
     """The figures for people."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     title = f"{status.model} · " + " · ".join(value for _, value in status.details)
@@ -192,25 +193,20 @@ def _table(status: Status, machine: Machine, figures: Sequence[Figure]) -> Table
         "in brackets: share of what it allows"
     )
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for name in ("streams", "turn", "prompt", "cached", "answer"):
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+    for name in ("at\nonce", "turn", "prompt\ntokens", "of them\ncached", "answer\ntokens"):
         table.add_column(name, justify="right")
-    for name in ("first token", "prefill tok/s", "decode tok/s", "all streams tok/s"):
+    for name in ("first\ntoken", "prefill\ntok/s", "decode of\none, tok/s", "all\ntok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in figures:
         table.add_row(
             *map(str, (row.width, row.turn, row.prompt_tokens, row.cached_tokens, row.new_tokens)),
-            _first(row),
+            f"{row.first_token_s * 1e3:.0f} ms",
             f"{row.prefill_tokens_s:.0f}{_share(row.prefill_share)}",
             f"{row.decode_tokens_s:.1f}{_share(row.decode_share)}",
             f"{row.total_tokens_s:.1f}{_share(row.total_share)}",
         )
     return table
-
-
-def _first(row: Figure) -> str:
-    """Milliseconds of the median stream, and of the last one."""
-    first, last = row.first_token_s * 1e3, row.last_first_s * 1e3
-    return f"{first:.0f} ms" if row.width == 1 else f"{first:.0f} … {last:.0f} ms"
 
 
 def _share(share: float | None) -> str:

@@ -64,7 +64,7 @@ def load_model(
     if shape is not None:
         from vlmchat.engine.random_model import open_random
 
-        raw_config, opened = {"dtype": "bfloat16"}, open_random(shape, directory, device)
+        raw_config, opened = {"dtype": "bfloat16"}, open_random(shape, device)
     elif layout is Layout.ADAPTER:
         raw_config, opened = _open_adapter(directory, config, progress)
     else:

@@ -1,27 +1,30 @@
 """A model of random weights in the shape of a known one, made on its device: nothing is read.
 
-Called by the loader for `random:NAME`, and by the benchmarks to write such a checkpoint. It has the
-demo model's tokenizer and prompt format, so that it can be asked as any other; what it says is
-noise. Quantising, casting and moving are the loader's, as for weights that come from files.
+Called by the loader for `random:NAME`, and by the benchmarks to write such a checkpoint. Its words
+are numbers, each of them one token, so that what it draws can be asked on as it was drawn; what it
+says is noise. Quantising, casting and moving are the loader's, as for weights from files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmchat.engine.assemble import Opened
-from vlmchat.engine.hf_processor import read_processor
+from vlmchat.engine.hf_processor import pictures_only
 from vlmchat.engine.shapes import Shape
 from vlmchat.engine.tensors import NamedTensor
 
@@ -29,38 +32,69 @@ from vlmchat.engine.tensors import NamedTensor
 _SPREAD = 0.02
 # Random numbers are drawn once and used over and over; a prime, so that no two rows are alike.
 _POOL = 4_194_301
+_SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
+_WORDS = (*_SPECIAL, "USER:", "ASSISTANT:")
+# A content is a text, or a list of pictures and texts.
+_TEMPLATE = (
+    "<s>{% for message in messages %}"
+    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(message.role, '') }}"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{{ '<image> ' if part.type == 'image' else part.text }}"
+    "{% endfor %}{% endif %}{{ '</s>' if message.role == 'assistant' else ' ' }}"
+    "{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"
+)
 
 
-def open_random(shape: Shape, demo: Path, device: torch.device) -> Opened:
-    """demo: the directory whose tokenizer and prompt format are used."""
-    config, processor = random_config(shape, demo)
+def open_random(shape: Shape, device: torch.device) -> Opened:
+    """The model with its weights yet to be made."""
+    config = random_config(shape)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     generation_config = GenerationConfig(eos_token_id=config.text_config.eos_token_id)
-    return Opened(model, _tensors(model, device), processor, generation_config)
+    return Opened(model, _tensors(model, device), random_processor(shape), generation_config)
 
 
-def random_config(shape: Shape, demo: Path) -> tuple[LlavaConfig, Any]:
-    """The config of the whole model, and a processor for its pictures."""
-    vision = CLIPVisionConfig(**shape.vision)
-    processor = read_processor(demo, LlavaConfig(vision_config=vision))
-    tokenizer, size = processor.tokenizer, vision.image_size
-    processor.image_processor.size = {"height": size, "width": size}
-    processor.image_processor.crop_size = {"height": size, "width": size}
-    processor.patch_size = vision.patch_size
+def random_config(shape: Shape) -> LlavaConfig:
+    """The config of the whole model."""
     text = LlamaConfig(
-        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=_WORDS.index("<pad>"),
+        bos_token_id=_WORDS.index("<s>"),
         eos_token_id=shape.text["vocab_size"] - 1,
         **shape.text,
     )
-    config = LlavaConfig(
-        vision_config=vision,
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape.vision),
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(processor.image_token),
+        image_token_index=_WORDS.index("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    return config, processor
+
+
+def random_processor(shape: Shape) -> Any:
+    """Takes pictures of the shape's size, and a word for each token of its vocabulary."""
+    words = (*_WORDS, *map(str, range(shape.text["vocab_size"] - len(_WORDS))))
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    size = {"height": shape.vision["image_size"], "width": shape.vision["image_size"]}
+    return pictures_only(LlavaProcessor)(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=fast,
+        patch_size=shape.vision["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
 
 
 def _tensors(model: Any, device: torch.device) -> Iterator[NamedTensor]:
