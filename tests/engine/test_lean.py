@@ -11,7 +11,7 @@ import transformers as hf
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlmchat.engine.kv_cache import KVCache, KVShape, QuantizedKVCache
-from vlmchat.engine.lean import LeanModel, Span, attend, rotate
+from vlmchat.engine.lean import LeanModel, Span, attend, rotate_
 
 CONTEXT = 96
 SIZES = {
@@ -113,7 +113,8 @@ def test_rotate_equals_transformers() -> None:
     cos, sin = angles.cos(), angles.sin()
     expected, _ = apply_rotary_pos_emb(x[None], x[None], cos[None], sin[None], unsqueeze_dim=2)
     signed = torch.cat([-sin[:, :8], sin[:, 8:]], dim=1)
-    torch.testing.assert_close(rotate(x, cos[:, None], signed[:, None]), expected[0])
+    rotate_(x, cos[:, None], signed[:, None])
+    torch.testing.assert_close(x, expected[0])
 
 
 @pytest.mark.parametrize("num_new", [1, 3])
@@ -123,7 +124,7 @@ def test_attend_lets_each_group_of_queries_share_its_keys(num_new: int) -> None:
     queries = torch.randn(num_new, 6, 8)
     mask = torch.full((num_new, 7), -torch.inf).triu(7 - num_new + 1)
     window = KVCache(KVShape(1, 2, 8), 1, 7, torch.float32, torch.device("cpu")).window(0, 0, 7)
-    found = attend(queries, keys, values, Span(0, num_new, window, mask), 0.5)
+    found = attend(queries, keys[None], values[None], Span(0, num_new, window, mask), 0.5)
     for head in range(6):
         scores = queries[:, head] @ keys[head // 3].T * 0.5 + mask
         expected = scores.softmax(-1) @ values[head // 3]
@@ -145,8 +146,8 @@ def test_quantized_cache_gives_back_each_head_within_half_a_step(dtype: torch.dt
     cache = QuantizedKVCache(KVShape(2, 3, 8), 2, 20, dtype, torch.device("cpu"))
     keys, values = (torch.randn(2, 3, 5, 8) * torch.logspace(-3, 3, 5)[:, None]).to(dtype)
     keys[0, 0] = 0
-    found = cache.window(1, 0, 5).put(1, keys, values)
-    for given, got in zip((keys, values), found, strict=True):
+    found = cache.window(1, 0, 5).put(1, torch.stack([keys, values]))
+    for given, (got,) in zip((keys, values), found, strict=True):
         step = given.float().abs().amax(-1, keepdim=True) / 127
         rounding = torch.finfo(dtype).eps * given.float().abs().amax(-1, keepdim=True)
         assert bool(((got.float() - given.float()).abs() <= 0.5 * step + 2 * rounding).all())

@@ -31,12 +31,10 @@ class KVShape:
 class Window(Protocol):
     """New positions start..stop-1 of one slot, and all up to `stop`, in every layer."""
 
-    def put(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new positions; return keys and values of all: [heads, stop, head_dim].
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new positions; return keys and values of all: [1, heads, stop, head_dim] each.
 
-        keys, values: [heads, stop - start, head_dim], already rotated.
+        new: [2, heads, stop - start, head_dim], rotated keys and values.
         """
 
 
@@ -92,21 +90,18 @@ class QuantizedKVCache(KVCache):
 
 
 class _PlainWindow:
-    """One call gives the views of all layers, so that a step does not slice in each."""
+    """A few calls give the views of all layers, so that a step does not slice in each."""
 
     def __init__(self, data: torch.Tensor, start: int, stop: int) -> None:
         """data: [layers * 2, heads, context, head_dim]."""
-        self._new = data[:, :, start:stop].unbind()
-        self._all = data[:, :, :stop].unbind()
+        self._new = data[:, :, start:stop].unflatten(0, (-1, 2)).unbind()
+        self._keys = data[::2, None, :, :stop].unbind()
+        self._values = data[1::2, None, :, :stop].unbind()
 
-    def put(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Window.put`. Nothing is copied of what was there."""
-        index = 2 * layer
-        self._new[index].copy_(keys)
-        self._new[index + 1].copy_(values)
-        return self._all[index], self._all[index + 1]
+        self._new[layer].copy_(new)
+        return self._keys[layer], self._values[layer]
 
 
 class _QuantizedWindow:
@@ -114,17 +109,15 @@ class _QuantizedWindow:
 
     def __init__(self, data: torch.Tensor, scales: torch.Tensor, start: int, stop: int) -> None:
         """data, scales: [layers * 2, heads, context, head_dim or 1]."""
-        self._new = _PlainWindow(data, start, stop)
-        self._new_scales = _PlainWindow(scales, start, stop)
+        self._data = _PlainWindow(data, start, stop)
+        self._scales = _PlainWindow(scales, start, stop)
 
-    def put(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Window.put`."""
-        (key_data, key_scales), (value_data, value_scales) = _quantized(keys), _quantized(values)
-        data = self._new.put(layer, key_data, value_data)
-        scales = self._new_scales.put(layer, key_scales, value_scales)
-        return data[0] * scales[0], data[1] * scales[1]
+        data, scales = _quantized(new)
+        keys, values = self._data.put(layer, data)
+        key_scales, value_scales = self._scales.put(layer, scales)
+        return keys * key_scales, values * value_scales
 
 
 def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
