@@ -26,7 +26,7 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the table: medians, bare and command in turn."""
     print("| command | CPU time | more than `import typer, rich` |\n|---|---|---|")
     for name, arguments in COMMANDS.items():
