@@ -118,7 +118,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._start(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
         self._chunk(": ping\n\n")
-        head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        head: dict[str, Any] = {
+            "id": "c",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": "m",
+        }
 
         def event(delta: dict[str, Any], reason: str | None = None, **more: Any) -> None:
             choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -137,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
                 if delta.finish_reason is not None:
                     event({}, str(delta.finish_reason))
                     assert delta.usage is not None
-                    told = {**head, "choices": [], "usage": write_usage(delta.usage)}
+                    told: dict[str, Any] = {**head, "choices": [], "usage": write_usage(delta.usage)}
                     self._chunk(f"data: {json.dumps(told)}\n\ndata: [DONE]\n\n")
         except VlmchatError as error:
             self._chunk(f"data: {json.dumps(write_error(error))}\n\n")

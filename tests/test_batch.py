@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import ScriptedBackend, ScriptedStream, picture
+from vlmchat import batch
 from vlmchat.batch import (
     Batch,
     Preparer,
@@ -99,7 +100,8 @@ def _read(*lines: Any) -> list[Request]:
 
 
 @pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses_and_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmchat.batch._DECODERS", 1)
     monkeypatch.setattr("vlmchat.batch._PAUSES_S", (0.01, 0.01))
 
 
@@ -148,7 +150,8 @@ def test_batch_answers_openais_line_in_openais_form(tmp_path: Path) -> None:
 def test_batch_makes_one_line_of_what_is_wrong_with_a_request(
     tmp_path: Path, line: Any, code: str, words: str
 ) -> None:
-    failed, answered = _run(_read(line, {"prompt": "hi"}), folder=tmp_path, concurrency=1)
+    lines = _run(_read(line, {"prompt": "hi"}), folder=tmp_path, concurrency=1)
+    answered, failed = sorted(lines, key=lambda line: str(line["type"]))
     assert (failed["type"], failed["error"]["code"]) == ("error", code)
     assert words in failed["error"]["message"]
     assert answered["answer"] == "You said: hi"
@@ -195,7 +198,8 @@ def test_batch_reads_no_further_ahead_than_it_must() -> None:
 
     Batch(Busy(), _prepare(), answers, 3).run(requests())
     assert len(answers.lines) == 60
-    assert max(ahead) <= 3 + 3 + 2  # being asked, waiting, and one in hand on either side
+    waiting = 1 + 3  # before and behind the decoders
+    assert max(ahead) <= 3 + waiting + batch._DECODERS + 1
 
 
 def test_batch_goes_on_after_a_request_that_fails() -> None:
@@ -268,7 +272,7 @@ def test_batch_reports_what_it_has_done() -> None:
 
     requests = [*_simple(2), Request("x", "simple", {}, "it is broken")]
     tally = Batch(ScriptedBackend(), _prepare(), Lines(), 1, report).run(requests)
-    assert told == [(1, 0), (2, 0), (2, 1)]
+    assert (len(told), told[-1]) == (3, (2, 1))
     assert tally.completion_tokens == 6
 
 

@@ -76,7 +76,11 @@ def test_params_are_read_over_the_defaults() -> None:
         "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
     }
     assert read_params(body, SamplingParams(top_p=0.5)) == SamplingParams(
-        **{"temperature": 0, "max_new_tokens": 7, "stop": ("x",), "logprobs": 2, "top_p": 0.5},
+        temperature=0,
+        max_new_tokens=7,
+        stop=("x",),
+        logprobs=2,
+        top_p=0.5,
         logit_bias=((5, -1.0),),
         seed=3,
         grammar=Grammar("json_schema", '{"type": "object"}'),
@@ -108,7 +112,11 @@ def test_params_that_are_wrong_are_refused_by_name(body: dict[str, Any], words: 
 def test_body_reads_back_as_what_was_written() -> None:
     asked = Conversation("s").ask("a", (RED,)).answered("b").ask("c")
     params = SamplingParams(
-        **{"temperature": 0.5, "top_k": 3, "stop": ("x",), "seed": 1, "logprobs": 2},
+        temperature=0.5,
+        top_k=3,
+        stop=("x",),
+        seed=1,
+        logprobs=2,
         frequency_penalty=0.5,
         logit_bias=((5, -1.0),),
         grammar=Grammar("json_object", ""),

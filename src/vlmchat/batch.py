@@ -18,10 +18,9 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from vlmchat.batch_answers import Answers, Line
 from vlmchat.conversation import Conversation, Image
@@ -29,6 +28,7 @@ from vlmchat.errors import (
     EngineDead,
     ImageNotFound,
     InvalidRequest,
+    ModelError,
     NetworkError,
     Overloaded,
     Unauthorized,
@@ -50,6 +50,7 @@ from vlmchat.request import (
 from vlmchat.session import Trimmed
 
 URL = "/v1/chat/completions"
+T = TypeVar("T")
 _SIMPLE_KEYS = ("id", "image", "images", "prompt", "system")
 _HAS_SCHEME = re.compile(r"data:|[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 _DECODERS = min(4, os.cpu_count() or 1)  # threads; each holds one picture while it works
@@ -150,10 +151,10 @@ def survey(requests: Iterable[Request], done: dict[str, str]) -> Survey:
     changed, answered = [], 0
     for request in requests:
         _check_new(request, seen)
-        fingerprint = done.get(request.id)
-        answered += fingerprint is not None
-        if fingerprint not in (None, request.fingerprint):
-            changed.append(request.id)
+        if request.id in done:
+            answered += 1
+            if done[request.id] != request.fingerprint:
+                changed.append(request.id)
     return Survey(len(seen), answered, tuple(changed), len(done) - answered)
 
 
@@ -324,7 +325,8 @@ class Batch:
         self._backend, self._prepare, self._answers = backend, prepare, answers
         self._concurrency, self._on_progress = concurrency, on_progress
         # As many wait, prepared, as are being asked: no more pictures than that are held.
-        self._ready: queue.Queue[tuple[Request, Future[Prepared]] | None] = queue.Queue(concurrency)
+        self._read: queue.Queue[Request | None] = queue.Queue(1)
+        self._ready: queue.Queue[tuple[Request, Prepared] | None] = queue.Queue(concurrency)
         self._lock = threading.Lock()  # of everything below, and of the answers
         self._streams: set[Stream] = set()
         # Lines held back, and why: see _hold_back.
@@ -335,29 +337,23 @@ class Batch:
     def run(self, requests: Iterable[Request]) -> Tally:
         """Ask them all; every finished answer is written, whatever ends the run.
 
-        Raises what makes going on useless (EngineDead, a server that is gone or refuses the key,
-        an output that cannot be written), KeyboardInterrupt, and what `requests` raises.
+        Raises what makes going on useless (EngineDead, a server that is gone or refuses key or
+        model, an output that cannot be written), KeyboardInterrupt, and what `requests` raises.
         """
-        threads = [
-            threading.Thread(target=self._work, name=f"batch-{number}", daemon=True)
-            for number in range(self._concurrency)
-        ]
-        decoders = ThreadPoolExecutor(_DECODERS, "batch-decode")
-        for thread in threads:
-            thread.start()
+        decoders = self._start(_DECODERS, self._decode)
+        askers = self._start(self._concurrency, self._ask_all)
         try:
             for request in requests:
-                if not self._put((request, decoders.submit(self._prepare, request))):
+                if not self._put(self._read, request):
                     break
-            for _ in threads:
-                self._put(None)
-            self._join(threads)
-        except BaseException:
+            self._end(decoders, self._read)
+            self._end(askers, self._ready)
+        except BaseException as error:
             self._stop()
-            self._join(threads)
+            self._join(askers)
+            self._stop(error)  # what decoders still find is not written any more
             raise
-        finally:
-            decoders.shutdown(wait=False, cancel_futures=True)
+        self._join(askers)
         if self._fatal is not None:
             raise self._fatal
         if not self.tally.answered and self._unreachable:
@@ -365,18 +361,50 @@ class Batch:
         self._write_held_back()
         return self.tally
 
-    def _put(self, item: tuple[Request, Future[Prepared]] | None) -> bool:
+    def _start(self, count: int, work: Callable[[], None]) -> list[threading.Thread]:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # in a thread nobody would hear of it
+                self._stop(error)
+
+        # Daemons: a picture that is slow to come must not hold up the end of the program.
+        threads = [threading.Thread(target=run, name="batch", daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _put(self, into: queue.Queue[T], item: T) -> bool:
+        """Whether there was room for it before the run was stopped."""
         while not self._stopping.is_set():
             try:
-                self._ready.put(item, timeout=_TICK_S)
+                into.put(item, timeout=_TICK_S)
                 return True
             except queue.Full:
                 continue
         return False
 
+    def _items(self, of: queue.Queue[T | None]) -> Iterator[T]:
+        """What comes, until the end or until the run is stopped."""
+        while not self._stopping.is_set():
+            try:
+                item = of.get(timeout=_TICK_S)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+
+    def _end(self, threads: list[threading.Thread], source: queue.Queue[Any]) -> None:
+        for _ in threads:
+            self._put(source, None)
+        for thread in threads:
+            while thread.is_alive() and not self._stopping.is_set():
+                thread.join(_TICK_S)  # in steps, so that signals are heard
+
     def _join(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
-            while thread.is_alive():  # in steps, so that signals are heard
+            while thread.is_alive():
                 thread.join(_TICK_S)
 
     def _stop(self, fatal: BaseException | None = None) -> None:
@@ -388,28 +416,23 @@ class Batch:
         for stream in streams:
             stream.cancel()
 
-    def _work(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                try:
-                    item = self._ready.get(timeout=_TICK_S)
-                except queue.Empty:
-                    continue
-                if item is None:
-                    return
-                self._serve(*item)
-        except BaseException as error:  # in a thread nobody would hear of it
-            self._stop(error)
+    def _decode(self) -> None:
+        for request in self._items(self._read):
+            try:
+                prepared = self._prepare(request)
+            except VlmchatError as error:
+                self._write(error_line(request, error))
+            else:
+                self._put(self._ready, (request, prepared))
 
-    def _serve(self, request: Request, future: Future[Prepared]) -> None:
-        try:
-            prepared = future.result()
-        except VlmchatError as error:
-            self._write(error_line(request, error))
-            return
+    def _ask_all(self) -> None:
+        for request, prepared in self._items(self._ready):
+            self._serve(request, prepared)
+
+    def _serve(self, request: Request, prepared: Prepared) -> None:
         try:
             answered = self._ask(prepared)
-        except (EngineDead, Unauthorized):
+        except (EngineDead, ModelError, Unauthorized):  # so would all others
             raise
         except (NetworkError, Overloaded) as error:
             self._hold_back(error_line(request, error), error)

@@ -197,7 +197,7 @@ class Client:
         models = [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
         names = [str(m.get("id")) for m in models]
         if model is None and len(names) != 1:
-            some = f"several models: {', '.join(names[:8])}" if names else "no list of models"
+            some = f"several models: {', '.join(names[:8])}" if names else "no model in its list"
             raise ConfigError(f"{self._root} has {some}; name one with --model-path")
         model = model or names[0]
         entry = models[names.index(model)] if model in names else {}

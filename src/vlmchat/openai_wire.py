@@ -119,7 +119,7 @@ def read_params(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPa
         if body.get(key) is not None:
             values[name] = _read_value(key, body[key])
     values |= _read_others(body)
-    checked_there = sampling_params.__kwdefaults__
+    checked_there = sampling_params.__kwdefaults__ or {}
     try:
         checked = sampling_params(**{name: values[name] for name in checked_there})
     except ConfigError as error:

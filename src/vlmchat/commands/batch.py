@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from vlmchat.batch import Request, Survey
     from vlmchat.batch_answers import Answers, AnswersFile
+    from vlmchat.request import Status
 
 SLOTS = 8  # answers at once, where nobody says how many
 
@@ -81,8 +82,8 @@ class BatchOptions:
             "--concurrency",
             metavar="COUNT",
             min=1,
-            help=f"Answers at once; unset: what the engine has room for, up to {SLOTS}; with "
-            f"--server {SLOTS}.",
+            help=f"Questions asked at once; unset: one more than the engine answers at once, which "
+            f"is --max-num-seqs or {SLOTS}; with --server {SLOTS}.",
         ),
     ] = None
     retry_failed: Annotated[
@@ -127,17 +128,23 @@ def batch(
         source = _source(asked)
         answers, before = _answers(output, asked, opened)
         found = _survey(source, before, output, err)
-        run = Run(err, output, found and found.total, found.done if found else 0, before.failed)
+        total, done = (found.total, found.done) if found else (None, 0)
+        run = Run(err, output, total, done, before.failed)
         if not run.over:
             backend = open_backend(ctx, server, config, limits, err, debug=asked.debug)
             opened.enter_context(closing(backend))
             status = backend.status()
-            width = min(slots, status.load.slots) if status.load else slots
+            width = asked.concurrency or _width(slots, status)
             prepare = Preparer(ImageLoader(images.build()), params, asked.system, source.folder)
             requests = (r for r in source.read() if r.id not in before.done)
             with run.shown(status.model):
                 Batch(backend, prepare, answers, width, run.report).run(requests)
         run.end(as_json=asked.as_json)
+
+
+def _width(slots: int, status: Status) -> int:
+    """How many to ask at once: as many as there are slots, and one that waits for the next."""
+    return min(slots, status.load.slots) + 1 if status.load else slots
 
 
 def _check(asked: BatchOptions) -> str:
@@ -222,7 +229,8 @@ def _survey(
 
     if not source.again:
         return None
-    found = survey(source.read(), before.done)
+    with err.status("reading the requests") if err.is_terminal else nullcontext():
+        found = survey(source.read(), before.done)
     if not found.total:
         raise NoInput("there are no requests")
     if found.changed:
