@@ -11,14 +11,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.text import Text
 
 from vlmchat.chat import Chat, count, described, first_words
 from vlmchat.clipboard import copy_text
-from vlmchat.config import sampling_params
+from vlmchat.config import sampling_params, settings_of
 from vlmchat.conversation import Turn
 from vlmchat.errors import ConfigError, InvalidRequest, SessionError, VlmchatError
 from vlmchat.markdown_stream import printable
@@ -71,7 +71,7 @@ def words_after(chat: Chat, name: str) -> Iterable[str]:
     if name == "/load" and chat.autosave is not None:
         return chat.autosave.store.names()
     if name == "/set":
-        return [key.replace("_", "-") for key in asdict(chat.session.params)]
+        return [key.replace("_", "-") for key in settings_of(chat.session.params)]
     return {"/images": ["remove"], "/sessions": ["delete"], "/system": ["none"]}.get(name, [])
 
 
@@ -126,7 +126,7 @@ def _system(chat: Chat, argument: str) -> None:
 
 
 def _set(chat: Chat, argument: str) -> None:
-    values = asdict(chat.session.params)
+    values = settings_of(chat.session.params)
     name, _, text = argument.partition(" ")
     if name:
         key = name.lstrip("-").replace("-", "_").lower()

@@ -7,11 +7,13 @@ from pathlib import Path
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from transformers import GenerationConfig
 
 from tests.engine.reference import Reference
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
 from vlmchat.config import ModelConfig
+from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine, EngineStream
 from vlmchat.errors import PromptTooLong
 from vlmchat.request import SamplingParams
@@ -100,6 +102,24 @@ class Conversations(RuleBasedStateMachine):
 def test_random_conversations_on_a_tiny_model_equal_plain_generate(tmp_path: Path) -> None:
     directory = make_tiny_llava(tmp_path / "tiny", context_length=256)
     run(directory, None, settings(max_examples=20, stateful_step_count=15))
+
+
+def test_answers_equal_plain_generate_where_the_checkpoint_has_a_repetition_penalty(
+    tmp_path: Path,
+) -> None:
+    directory = make_tiny_llava(tmp_path / "tiny")
+    plain = Reference(directory)
+    GenerationConfig(repetition_penalty=1.5, eos_token_id=1).save_pretrained(directory)
+    engine, reference = Engine.load(ModelConfig(str(directory), device="cpu")), Reference(directory)
+    asked = [Conversation().ask(f"what is it {n}", (noise_image(n),)) for n in range(6)]
+    params = SamplingParams(temperature=0, max_new_tokens=30)
+    streams = [engine.stream(conversation, params) for conversation in asked]
+    for stream in streams:
+        list(stream)
+    engine.close()
+    answers = [stream.sequence.tokens for stream in streams]
+    assert answers == [reference.answer_ids(conversation, 30) for conversation in asked]
+    assert answers != [plain.answer_ids(conversation, 30) for conversation in asked]
 
 
 def run(directory: Path, context_length: int | None, how: settings) -> None:

@@ -236,13 +236,13 @@ def test_template_that_was_guessed_is_said_aloud(tmp_path: Path) -> None:
 
 def test_template_by_name_and_settings_that_are_not_applied_are_notes(tmp_path: Path) -> None:
     made = make_original(tmp_path / "llava-llama-2")
-    write_json(made.directory / "generation_config.json", eos_token_id=2, repetition_penalty=1.05)
+    write_json(made.directory / "generation_config.json", eos_token_id=2, no_repeat_ngram_size=3)
     stages: list[str] = []
     loaded = load_model(ModelConfig(str(made.directory), device="cpu"), stages.append)
     notes = [stage for stage in stages if stage.startswith("note: ")]
     assert ["llava_llama_2" in notes[0], "'llama-2' in the name" in notes[0]] == [True, True]
-    assert notes[1:] == ["note: repetition_penalty 1.05 in generation_config.json is not applied"]
-    assert ("not applied", "repetition_penalty 1.05") in loaded.status.details
+    assert notes[1:] == ["note: no_repeat_ngram_size 3 in generation_config.json is not applied"]
+    assert ("not applied", "no_repeat_ngram_size 3") in loaded.status.details
 
 
 MEASURE = """

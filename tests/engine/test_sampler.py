@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from vlmchat.engine.sampler import NOT_A_NUMBER, Sampler
+from vlmchat.errors import InvalidRequest
 from vlmchat.request import SamplingParams
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0])
@@ -128,3 +130,9 @@ def test_sampler_ranks_the_drawn_token_and_the_likeliest_ones() -> None:
     expected = LOGITS.log_softmax(-1)
     assert [token for token, _ in ranked] == [4, 1, 3]
     assert [logprob for _, logprob in ranked] == pytest.approx(expected[[4, 1, 3]].tolist())
+
+
+@pytest.mark.parametrize("params", [{"resume": (6,)}, {"logit_bias": ((-1, 1.0),)}])
+def test_sampler_refuses_tokens_that_the_model_has_not(params: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="there is no token"):
+        Sampler(vocab_size=6).start(SamplingParams(**params))

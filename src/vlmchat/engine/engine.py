@@ -150,7 +150,7 @@ class Engine:
         return cls(
             runner,
             Processor(loaded.processor, loaded.spec, loaded.template),
-            Sampler(loaded.spec.repetition_penalty),
+            Sampler(loaded.spec.repetition_penalty, vocab_size=loaded.spec.vocab_size),
             loaded.spec.eos_token_ids,
             replace(loaded.status, details=details),
             slots.count,

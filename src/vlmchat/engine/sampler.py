@@ -107,16 +107,24 @@ class Sampler:
     """repetition_penalty: the model's own, where a request says nothing.
 
     make_grammar: the mask of a grammar; None: no request may have one.
+    vocab_size: of the model; None: not known.
     """
 
     repetition_penalty: float = 1.0
+    vocab_size: int | None = None
     make_grammar: Callable[[Grammar], GrammarMask] | None = None
 
     def start(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> SamplerState:
         """The state of a sequence that goes on behind `params.resume`.
 
-        Raises InvalidRequest where the engine was given no grammars.
+        Raises InvalidRequest for tokens that the model has not, and for a grammar where the engine
+        was given none.
         """
+        tokens = (*params.resume, *(token for token, _ in params.logit_bias))
+        if unknown := [t for t in tokens if t < 0 or t >= (self.vocab_size or t + 1)]:
+            raise InvalidRequest(
+                f"the model has {self.vocab_size} tokens, there is no token {unknown[0]}"
+            )
         grammar = None
         if params.grammar is not None:
             if self.make_grammar is None:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from vlmchat.engine.llava import check_original, is_original
+from vlmchat.engine.schemes import read_scheme
 from vlmchat.errors import UnsupportedModel
 
 
@@ -88,7 +89,7 @@ class ModelSpec:
     image_token: stands for a picture in a rendered prompt.  image_token_id: what the model takes
     a picture's features for; not always the same token.
     crowds: see Family.  grid_positions: a picture's tokens have rows and columns as positions.
-    repetition_penalty: what the generation config says, 1 if nothing.
+    repetition_penalty: what the generation config says, 1 if nothing.  vocab_size: tokens.
     """
 
     family: str
@@ -101,6 +102,7 @@ class ModelSpec:
     grid_positions: bool = False
     chat_template: str | None = None
     repetition_penalty: float = 1.0
+    vocab_size: int | None = None
 
     @property
     def reusable_prefix(self) -> bool:
@@ -113,11 +115,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
     For use before a large download.
     """
-    if config.get("quantization_config"):
-        raise UnsupportedModel(
-            f"{name} is stored quantised, which is not served; take its full weights, "
-            "with --load-8bit or --load-4bit"
-        )
+    read_scheme(config, name)  # refuses ways to store quantised weights
     if is_original(config):
         check_original(config, name)
     elif str(config.get("model_type")) not in FAMILIES:
@@ -149,6 +147,7 @@ def read_spec(config: Any, generation_config: Any, processor: Any) -> ModelSpec:
         grid_positions="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         chat_template=None if processor.chat_template else family.chat_template,
         repetition_penalty=getattr(generation_config, "repetition_penalty", None) or 1.0,
+        vocab_size=text.vocab_size,
     )
 
 
