@@ -98,6 +98,8 @@ def test_params_are_read_over_the_defaults() -> None:
         ({"temperature": 200}, "temperature is 200; it must be between 0 and 100"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number"),
         ({"max_tokens": 0}, "max_new_tokens is 0"),
+        ({"frequency_penalty": 9}, "frequency_penalty is 9; it must be between -2 and 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be between 0.01 and 100"),
         ({"stop": 3}, "stop must be a text"),
         ({"logit_bias": {"a": 1}}, "logit_bias must map"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),

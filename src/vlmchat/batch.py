@@ -28,7 +28,7 @@ from vlmchat.errors import (
     EngineDead,
     ImageNotFound,
     InvalidRequest,
-    ModelError,
+    ModelNotFound,
     NetworkError,
     Overloaded,
     Unauthorized,
@@ -432,7 +432,7 @@ class Batch:
     def _serve(self, request: Request, prepared: Prepared) -> None:
         try:
             answered = self._ask(prepared)
-        except (EngineDead, ModelError, Unauthorized):  # so would all others
+        except (EngineDead, ModelNotFound, Unauthorized):  # so would all others
             raise
         except (NetworkError, Overloaded) as error:
             self._hold_back(error_line(request, error), error)

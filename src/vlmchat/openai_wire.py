@@ -11,6 +11,7 @@ the words of one message, which is not kept.
 from __future__ import annotations
 
 import json
+import math
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
@@ -43,6 +44,11 @@ _SAME = {
 }
 _FLAGS = ("ignore_eos",)
 _WHOLE = ("top_k", "seed", "max_tokens", "max_completion_tokens", "max_new_tokens", "top_logprobs")
+_RANGES = {  # what `sampling_params` does not check: OpenAI's own, and a divisor that is not 0
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+}
 _ELSEWHERE = ("messages", "n", "stop", "logprobs", "top_logprobs", "logit_bias", "response_format")
 _PASSED_ON = {"JPEG": "image/jpeg", "PNG": "image/png"}  # formats that every server reads
 _EXIF_ORIENTATION = 0x0112
@@ -135,6 +141,9 @@ def _read_value(key: str, value: Any) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and key not in _FLAGS):
         wanted = "true or false" if key in _FLAGS else f"a {'whole ' * (key in _WHOLE)}number"
         raise InvalidRequest(f"{key} is {value!r}; it must be {wanted}")
+    low, high = _RANGES.get(key, (-math.inf, math.inf))
+    if not low <= value <= high:
+        raise InvalidRequest(f"{key} is {value!r}; it must be between {low:g} and {high:g}")
     return value
 
 
