@@ -7,6 +7,7 @@ usage errors are quick.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from vlmchat.commands.config import config
 from vlmchat.commands.exit import end_on_signals, reporting
 from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
+from vlmchat.commands.threads import cpu_quota, settle
 
 app = typer.Typer(
     name="vlmchat",
@@ -62,6 +64,7 @@ def command() -> Any:
 
 def main() -> None:
     """Run the command line and exit."""
+    settle(os.environ, cpu_quota())
     arguments = sys.argv[1:]
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
