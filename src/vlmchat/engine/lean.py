@@ -34,6 +34,17 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """What is added to rows of a step's input after each of the first layers (Qwen3-VL).
+
+    rows: [n].  features: [n, hidden] for each such layer.
+    """
+
+    rows: torch.Tensor
+    features: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
     """Weights and products of one layer. `head_norm`: of queries and keys, one row a head."""
 
@@ -47,7 +58,7 @@ class _Layer:
 
 
 class LeanModel:
-    """The layers and the final norm of transformers' Llama, Mistral, Qwen2 or Qwen3.
+    """The layers and the final norm of transformers' Llama, Mistral, Qwen2, Qwen3 or its VL kin.
 
     Takes the place of the model's own layers: their weights become views of the joint ones.
     """
@@ -64,17 +75,24 @@ class LeanModel:
         self.shape = KVShape(len(model.layers), config.num_key_value_heads, attention.head_dim)
         self._layers = [self._read(layer) for layer in model.layers]
         self._norm = model.norm.weight.float()
-        self._cos, self._sin = _rotation(model, context_length)
+        self._rotary = model.rotary_emb
+        positions = torch.arange(context_length, device=device)[None]
+        self._cos, self._sin = _rotation(self._rotary, positions, model.embed_tokens.weight)
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, [T, 1, head_dim] each, for positions [T]."""
         return self._cos[positions], self._sin[positions]
+
+    def grid_rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for positions [3, T] of time, row and column (M-RoPE)."""
+        return _rotation(self._rotary, positions[:, None], self._norm.to(self._dtype))
 
     def forward(
         self,
         x: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         spans: Sequence[Span],
+        added: Sequence[Added] = (),
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden] in float32, before the final norm.
 
@@ -87,6 +105,9 @@ class LeanModel:
             x += layer.output(self._attended(index, layer, heads, rotation, spans))
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
             x += layer.down(self._activation(gate).mul_(up))
+            for each in added:
+                if index < len(each.features):
+                    x.index_add_(0, each.rows, each.features[index].to(x))
         return x
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,11 +201,14 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     x.mul_(cos).addcmul_(other, sin)
 
 
-def _rotation(model: Any, context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [context, 1, D] by the model's own module."""
-    like = model.embed_tokens.weight
-    positions = torch.arange(context_length, device=like.device)[None]
-    cos, sin = model.rotary_emb(like, positions)  # [1, context, D]
+def _rotation(
+    rotary: Any, positions: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [T, 1, D] in the dtype of `like`, by the model's own module.
+
+    positions: [1, T] or [3, 1, T], as the module takes them.
+    """
+    cos, sin = rotary(like, positions)  # [1, T, D]
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos[0, :, None], sin[0, :, None]

@@ -61,7 +61,7 @@ class EagerRunner:
         self._spec = spec
         self._vision = vision
         self._caches = [DynamicCache() for _ in range(num_slots)]
-        # What a slot's next position is, less the number of its tokens (see `_grid_positions`).
+        # What a slot's next position is, less the number of its tokens (see `grid_positions`).
         self._position_deltas = [0] * num_slots
 
     @torch.inference_mode()
@@ -75,7 +75,9 @@ class EagerRunner:
             if self._spec.both_ways is not BothWays.NOWHERE:
                 inputs["token_type_ids"] = self._row(self._token_types(prompt)[:stop])
             if self._spec.grid_positions:
-                positions, self._position_deltas[slot] = self._grid_positions(prompt)
+                positions, self._position_deltas[slot] = grid_positions(
+                    self._model, self._spec, prompt
+                )
                 inputs["position_ids"] = positions[..., start:stop]
             logits = self._forward(slot, inputs, 1)
             return logits[-1] if stop == len(prompt.ids) else None
@@ -128,19 +130,20 @@ class EagerRunner:
             return [0] * len(prompt.ids)
         return [int(token == self._spec.image_token_id) for token in prompt.ids]
 
-    def _grid_positions(self, prompt: Prompt) -> tuple[torch.Tensor, int]:
-        """[4, 1, T]: each token's place in the text, and its time, row and column (M-RoPE).
 
-        The second value: what to add to a later token's place in the text to have its others.
-        The model would keep it on itself; here each slot has its own.
-        """
-        ids = self._row(prompt.ids)
-        text = torch.arange(len(prompt.ids), device=ids.device)[None, None]  # [1, 1, T]
-        if not prompt.images:
-            return text.expand(4, -1, -1), 0
-        grids = [torch.as_tensor(span.inputs["image_grid_thw"]) for span in prompt.images]
-        types = (ids == self._spec.image_token_id).int()
-        grid, delta = self._model.model.get_rope_index(
-            ids, mm_token_type_ids=types, image_grid_thw=torch.cat(grids).to(ids.device)
-        )
-        return torch.cat([text, grid]), int(delta)
+def grid_positions(model: Any, spec: ModelSpec, prompt: Prompt) -> tuple[torch.Tensor, int]:
+    """[4, 1, T]: each token's place in the text, and its time, row and column (M-RoPE).
+
+    The second value: what to add to a later token's place in the text to have its others.
+    The model would keep it on itself; here each slot has its own.
+    """
+    ids = torch.tensor([prompt.ids], device=model.device)
+    text = torch.arange(len(prompt.ids), device=ids.device)[None, None]  # [1, 1, T]
+    if not prompt.images:
+        return text.expand(4, -1, -1), 0
+    grids = [torch.as_tensor(span.inputs["image_grid_thw"]) for span in prompt.images]
+    types = (ids == spec.image_token_id).int()
+    grid, delta = model.model.get_rope_index(
+        ids, mm_token_type_ids=types, image_grid_thw=torch.cat(grids).to(ids.device)
+    )
+    return torch.cat([text, grid]), int(delta)

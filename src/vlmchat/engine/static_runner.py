@@ -10,21 +10,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
 from vlmchat.engine.fused import fuse
 from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
-from vlmchat.engine.lean import LeanModel, Span
+from vlmchat.engine.lean import Added, LeanModel, Span
 from vlmchat.engine.memory import memory_errors
-from vlmchat.engine.runner import Row
+from vlmchat.engine.runner import Row, grid_positions
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import BothWays, ModelSpec
 from vlmchat.engine.vision import VisionCache
 
 # By config.model_type: models that put features in place of placeholders' embeddings and leave the
 # rest to their language model. One belongs here once its tests pass.
-_PROVEN = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm")
-_LANGUAGE_MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+_PROVEN = (
+    *("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "smolvlm"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+)
+# Classes of transformers whose layers are those of `lean.py`, named, as importing them takes time.
+_LANGUAGE_MODELS = (
+    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"),
+    *("Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel"),
+)
 # Whose frequencies are the same whatever the length of a prompt.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ADVICE = (
@@ -40,14 +46,12 @@ def unsupported(model: Any, spec: ModelSpec) -> str | None:
     """
     if spec.both_ways is not BothWays.NOWHERE:
         return f"in a {spec.family} prompt tokens attend to later ones"
-    if spec.grid_positions:
-        return "a picture's tokens have rows and columns as positions"
     if model.config.model_type not in _PROVEN:
         return f"{spec.family} is not known to be plain"
-    language_model = model.get_decoder()
-    if type(language_model) not in _LANGUAGE_MODELS:
-        return f"its language model is a {type(language_model).__name__}"
-    config = language_model.config
+    kind = type(model.get_decoder())
+    if kind.__name__ not in _LANGUAGE_MODELS or not kind.__module__.startswith("transformers."):
+        return f"its language model is a {kind.__name__}"
+    config = model.get_decoder().config
     window = getattr(config, "sliding_window", None)
     if window is not None and window < spec.context_length:
         return f"it attends to the last {window} tokens only"
@@ -74,11 +78,13 @@ class StaticRunner:
 
         kv_dtype: int8 for keys and values in 8 bits; else the model's.
         """
-        self._image_token_id = spec.image_token_id
+        self._model, self._spec = model, spec
         self._vision = vision
         self._embedding = model.get_input_embeddings()
         self._device, self._dtype = model.device, self._embedding.weight.dtype
         self.num_slots = num_slots
+        # What a slot's next position is, less the number of its tokens (see `grid_positions`).
+        self._position_deltas = [0] * num_slots
         with torch.no_grad(), memory_errors(_ADVICE):
             self._head = fuse([model.get_output_embeddings()])
             self._lean = LeanModel(model.get_decoder(), context_length)
@@ -91,9 +97,13 @@ class StaticRunner:
     def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
         """See `Runner.prefill`."""
         with memory_errors(_ADVICE):
-            x = self._embed(prompt, start, stop)
-            rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
-            x = self._lean.forward(x, rotation, [self._span(0, slot, start, stop)])
+            x, added = self._embed(prompt, start, stop)
+            if self._spec.grid_positions:
+                grid, self._position_deltas[slot] = grid_positions(self._model, self._spec, prompt)
+                rotation = self._lean.grid_rotation(grid[1:, 0, start:stop])
+            else:
+                rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
+            x = self._lean.forward(x, rotation, [self._span(0, slot, start, stop)], added)
             return self._logits(x[-1:])[0] if stop == len(prompt.ids) else None
 
     @torch.inference_mode()
@@ -105,7 +115,8 @@ class StaticRunner:
                 stop = row.start + len(row.tokens)
                 spans.append(self._span(len(ids), row.slot, row.start, stop))
                 ids += row.tokens
-                positions += range(row.start, stop)
+                delta = self._position_deltas[row.slot]
+                positions += range(row.start + delta, stop + delta)
             rotation = self._lean.rotation(self._tensor(positions))
             x = self._lean.forward(self._embedding(self._tensor(ids)), rotation, spans)
             return list(self._logits(x).split([len(row.tokens) for row in rows]))
@@ -114,6 +125,7 @@ class StaticRunner:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See `Runner.copy_prefix`."""
         self._cache.copy_prefix(source, target, length)
+        self._position_deltas[target] = self._position_deltas[source]
 
     def warm_up(self, prompt: Prompt) -> None:
         """Run prefill and decode once, so that the first answer does not wait for what is made
@@ -129,16 +141,22 @@ class StaticRunner:
         later = torch.full((stop - start, stop), -torch.inf, dtype=self._dtype, device=self._device)
         return Span(first, last, window, mask=later.triu_(start + 1))
 
-    def _embed(self, prompt: Prompt, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, hidden]: the model's embeddings, pictures' features in their places."""
+    def _embed(self, prompt: Prompt, start: int, stop: int) -> tuple[torch.Tensor, list[Added]]:
+        """[stop - start, hidden]: the model's embeddings, pictures' features in their places.
+
+        The second value: their features for inner layers, where the model has such.
+        """
         x: torch.Tensor = self._embedding(self._tensor(prompt.ids[start:stop]))
+        added = []
         for span in prompt.images:
             if span.start < stop and start < span.stop:
                 ids = self._tensor(prompt.ids[span.start : span.stop])
-                places = (ids == self._image_token_id).nonzero()[:, 0] + (span.start - start)
+                places = (ids == self._spec.image_token_id).nonzero()[:, 0] + (span.start - start)
                 here = (places >= 0) & (places < stop - start)
-                x[places[here]] = self._vision.features(span).pooled[here].to(x)
-        return x
+                features, rows = self._vision.features(span), places[here]
+                x[rows] = features.pooled[here].to(x)
+                added.append(Added(rows, [layer[here] for layer in features.deepstack]))
+        return x, added
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._head(self._lean.final_norm(x))
