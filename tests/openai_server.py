@@ -142,8 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 if delta.finish_reason is not None:
                     event({}, str(delta.finish_reason))
                     assert delta.usage is not None
-                    told: dict[str, Any] = {**head, "choices": [], "usage": write_usage(delta.usage)}
-                    self._chunk(f"data: {json.dumps(told)}\n\ndata: [DONE]\n\n")
+                    counts = {**head, "choices": [], "usage": write_usage(delta.usage)}
+                    self._chunk(f"data: {json.dumps(counts)}\n\ndata: [DONE]\n\n")
         except VlmchatError as error:
             self._chunk(f"data: {json.dumps(write_error(error))}\n\n")
         self._chunk("")

@@ -139,7 +139,7 @@ class Client:
 
         def ended(future: Future[None]) -> None:
             if future.cancelled():
-                items.put(Delta("", FinishReason.CANCELLED))
+                items.put(self._gone() if self._closed else Delta("", FinishReason.CANCELLED))
             elif (error := future.exception()) is not None:
                 items.put(error)
 
@@ -170,8 +170,11 @@ class Client:
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._closed:
             work.close()
-            raise NetworkError("the connection to the server was closed")
+            raise self._gone()
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _gone(self) -> NetworkError:
+        return NetworkError(f"{_shown(self._root)}: the connection was closed")
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._submit(work)
@@ -198,7 +201,7 @@ class Client:
         names = [str(m.get("id")) for m in models]
         if model is None and len(names) != 1:
             some = f"several models: {', '.join(names[:8])}" if names else "no model in its list"
-            raise ConfigError(f"{self._root} has {some}; name one with --model-path")
+            raise ConfigError(f"{_shown(self._root)} has {some}; name one with --model-path")
         model = model or names[0]
         entry = models[names.index(model)] if model in names else {}
         details = (("server", _shown(self._root)),)
@@ -322,9 +325,9 @@ def _api_root(url: str) -> str:
     try:
         parsed = httpx2.URL(root)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"--server {url}: not a valid address ({error})") from None
+        raise ConfigError(f"--server {_shown(url)}: not a valid address ({error})") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"--server {url}: give an address like http://127.0.0.1:8000")
+        raise ConfigError(f"--server {_shown(url)}: give an address like http://127.0.0.1:8000")
     return root if re.search(r"/v\d+$", parsed.path) else f"{root}/v1"
 
 

@@ -135,9 +135,7 @@ def read_params(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPa
 
 
 def _read_value(key: str, value: Any) -> Any:
-    kinds: tuple[type, ...] = (
-        (bool,) if key in _FLAGS else (int,) if key in _WHOLE else (int, float)
-    )
+    kinds: Any = (bool,) if key in _FLAGS else (int,) if key in _WHOLE else (int, float)
     if not isinstance(value, kinds) or (isinstance(value, bool) and key not in _FLAGS):
         wanted = "true or false" if key in _FLAGS else f"a {'whole ' * (key in _WHOLE)}number"
         raise InvalidRequest(f"{key} is {value!r}; it must be {wanted}")
