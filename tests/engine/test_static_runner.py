@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from tests.engine.reference import Reference
 from tests.families import make_family
 from tests.original import ANYRES, make_original
 from tests.pictures import noise_image
-from vlmchat.config import DEMO_MODEL, ImagePolicy
+from vlmchat.config import DEMO_MODEL, ImagePolicy, ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.hub import find_checkpoint
+from vlmchat.engine.loader import load_model
 from vlmchat.engine.processor import Processor
-from vlmchat.engine.runner import Row
+from vlmchat.engine.runner import EagerRunner, Row
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import read_spec
 from vlmchat.engine.static_runner import StaticRunner, unsupported
@@ -225,6 +227,29 @@ def test_static_runner_in_8_bits_is_near_and_does_not_depend_on_parts_or_company
     rows = [Row(slot, len(prompt.ids), (5,)) for slot in (0, 1, 2)]
     for logits in runner.decode(rows):
         torch.testing.assert_close(logits, runner.decode(rows[:1])[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_static_runner_is_near_the_reference_in_bfloat16_and_packed(
+    kind: str | None, tied: bool, tmp_path: Path
+) -> None:
+    directory = make_family("llava", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"] = tied
+    (directory / "config.json").write_text(json.dumps(config))
+    chosen = ModelConfig(str(directory), device="cpu", dtype="bfloat16", quantization=kind)
+    loaded = load_model(chosen, lambda stage: None)
+    prompt = Processor(loaded.processor, loaded.spec, loaded.template).encode(TWO)
+    vision, row = VisionCache(loaded.model), Row(0, len(prompt.ids), (5, 6, 7))
+    eager = EagerRunner(loaded.model, loaded.spec, vision, 1)
+    expected = [eager.prefill(0, prompt, 0, len(prompt.ids)), *eager.decode([row])]
+    static = StaticRunner(loaded.model, loaded.spec, vision, 1, CONTEXT)
+    found = [prefill(static, 0, prompt, [20]), *static.decode([row])]
+    for one, other in zip(expected, found, strict=True):
+        assert one is not None
+        difference = (one.float() - other.float()).std()
+        assert float(difference) < 0.05 * float(one.float().std())
 
 
 def test_static_runner_answers_as_generate_with_the_demo_model() -> None:
