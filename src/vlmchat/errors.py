@@ -8,11 +8,17 @@ VlmchatError
 ├─ ConfigError              an option, a variable or the config file holds a bad value
 ├─ InvalidRequest           the request itself cannot be served
 │  ├─ NoInput               nothing was asked
+│  ├─ UnsupportedParameter  a parameter that is not served
+│  ├─ BodyTooLarge
 │  ├─ PromptTooLong
 │  └─ ImageError
 │     ├─ ImageNotFound      no such file
 │     ├─ ImageRejected      not a picture, broken, or over a limit
+│     ├─ DownloadFailed     the address was reached, no picture came
 │     └─ FetchRefused       the address may not be reached
+├─ Unauthorized             no key, or a wrong one
+├─ Overloaded               more than may wait; try again later
+├─ Unavailable              loading, or shutting down
 ├─ NetworkError             no network, a server that does not answer, a failed download
 ├─ ModelError
 │  ├─ ModelNotFound
@@ -66,6 +72,19 @@ class NoInput(InvalidRequest):
     exit_code = 66
 
 
+class UnsupportedParameter(InvalidRequest):
+    """A parameter, or a value of it, that is known but not served: refused, never ignored."""
+
+    code = "unsupported_parameter"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request has more bytes than a server takes."""
+
+    code = "body_too_large"
+    http_status = 413
+
+
 class PromptTooLong(InvalidRequest):
     """The prompt does not leave room for an answer: `tokens` asked for, `limit` available."""
 
@@ -100,11 +119,45 @@ class ImageRejected(ImageError):
     code = "image_rejected"
 
 
+class DownloadFailed(ImageError):
+    """The server that has the picture did not send it."""
+
+    code = "image_download_failed"
+
+
 class FetchRefused(ImageError):
     """The address may not be reached: scheme, private host, or redirect."""
 
     code = "fetch_refused"
     exit_code = 77
+
+
+class Unauthorized(VlmchatError):
+    """The request has no key, or one that is not known."""
+
+    code = "unauthorized"
+    http_status = 401
+    exit_code = 77
+
+
+class Overloaded(VlmchatError):
+    """As many requests wait as may wait; `retry_after_s` says when to ask again."""
+
+    code = "overloaded"
+    http_status = 429
+    exit_code = 75
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class Unavailable(VlmchatError):
+    """The server does not answer at present: it loads its model, or shuts down."""
+
+    code = "unavailable"
+    http_status = 503
+    exit_code = 75
 
 
 class NetworkError(VlmchatError):

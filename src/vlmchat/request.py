@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from vlmchat.conversation import Conversation
 
@@ -24,10 +24,25 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What form an answer must have."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How an answer is drawn. Already checked: see `config.sampling_params`.
 
     temperature 0 is greedy. top_k 0 and top_p 1 are off. seed None draws a fresh one.
+    repetition_penalty: divides or multiplies the logits of tokens in prompt and answer; None is
+    what the model's generation config says, 1 is off.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens in the answer, once
+    and for each time they stand there.  logit_bias: (token id, what is added to its logit).
+    ignore_eos: the model's end token does not end the answer.
+    resume: tokens of this answer that were drawn before, elsewhere: they count as drawn and are
+    not sent again.
     """
 
     temperature: float = 0.2
@@ -37,6 +52,13 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # report each token's, and those of so many likeliest ones
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    resume: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +101,17 @@ class DrawnToken:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text since the last one. The last Delta of a stream carries the other fields."""
+    """Text since the last one. The last Delta of a stream carries reason, usage and timings.
+
+    token_ids: all that were drawn since the last one, also those whose text is not certain yet.
+    """
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     tokens: tuple[DrawnToken, ...] = ()  # where the request asks for logprobs
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +123,29 @@ class PromptSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is doing now, and has done since it began.
+
+    running, waiting: sequences.  waiting_tokens: of prompts still to be computed.
+    prompt_tokens, cached_tokens, generated_tokens: of all sequences that got a slot.
+    drafted, accepted: tokens guessed ahead, and those that proved right.
+    images, images_cached: pictures asked for, and those whose features were there already.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    slots: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    images: int = 0
+    images_cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What a backend is and how it stands."""
 
@@ -104,6 +153,7 @@ class Status:
     context_length: int  # tokens, prompt and answer together
     load_s: float = 0.0
     details: tuple[tuple[str, str], ...] = ()  # (label, value) for people: device, dtype, memory …
+    load: Load | None = None
 
 
 class Stream(Protocol):
