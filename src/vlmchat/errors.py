@@ -17,6 +17,7 @@ VlmchatError
 │     ├─ DownloadFailed     the address was reached, no picture came
 │     └─ FetchRefused       the address may not be reached
 ├─ Unauthorized             no key, or a wrong one
+├─ Forbidden                from a host or page that may not ask
 ├─ Overloaded               more than may wait; try again later
 ├─ Unavailable              loading, or shutting down
 ├─ NetworkError             no network, a server that does not answer, a failed download
@@ -58,11 +59,12 @@ class ConfigError(VlmchatError):
 
 
 class InvalidRequest(VlmchatError):
-    """The request cannot be served as it stands."""
+    """The request cannot be served as it stands; `param` is what is wrong in it, if one thing is."""
 
     code = "invalid_request"
     http_status = 400
     exit_code = 65
+    param: str | None = None
 
 
 class NoInput(InvalidRequest):
@@ -137,6 +139,14 @@ class Unauthorized(VlmchatError):
 
     code = "unauthorized"
     http_status = 401
+    exit_code = 77
+
+
+class Forbidden(VlmchatError):
+    """The request comes from a host or a page that may not ask."""
+
+    code = "forbidden"
+    http_status = 403
     exit_code = 77
 
 
