@@ -52,6 +52,15 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    def __or__(self, other: Keys) -> Keys:
+        both = Keys()
+        both._digests = self._digests + other._digests
+        return both
+
+    def __contains__(self, name: object) -> bool:
+        """Whether one of them has this short name."""
+        return name in [_name(digest) for digest in self._digests]
+
     def name_of(self, authorization: str) -> str:
         """A short name, fit for logs, of the key in `Bearer KEY`. Raises Unauthorized.
 
@@ -62,7 +71,11 @@ class Keys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("a key is needed: send the header 'Authorization: Bearer KEY'")
-        return f"key:{given.hex()[:8]}"
+        return _name(given)
+
+
+def _name(digest: bytes) -> str:
+    return f"key:{digest.hex()[:8]}"
 
 
 def _sha256(text: str) -> bytes:
@@ -106,7 +119,8 @@ class Edge:
     """The application: `routes` behind the policy.
 
     log(record) is called once for each request, when it has ended. Routes may put more into
-    `request.state.record`; the client's name is in `request.state.client`.
+    `request.state.record`; the client's name is in `request.state.client`, and what they keep
+    beside the body they count by `request.state.hold(bytes)`, which raises Overloaded.
     """
 
     def __init__(
@@ -138,7 +152,7 @@ class Edge:
         answer = _Answer(send, request_id)
         body = _Body(receive, self._policy, self.held)
         scope["app"] = self
-        scope["state"] = {"record": record}
+        scope["state"] = {"record": record, "hold": body.hold}
         try:
             scope["state"]["client"] = record["client"] = self._admit(request)
             body.expect(request.headers.get("content-length", ""))
@@ -146,7 +160,7 @@ class Edge:
         except (ClientDisconnect, asyncio.CancelledError):
             record["status"] = CLIENT_CLOSED
         except Exception as error:  # the edge: whatever it was, the client gets an error object
-            _note(record, error)
+            note(record, error)
             if not answer.started:
                 await error_response(error)(scope, receive, answer.send)
         finally:
@@ -192,7 +206,7 @@ class _Body:
 
     def __init__(self, receive: Receive, policy: EdgePolicy, held: HeldBytes) -> None:
         self._receive, self._policy, self._held = receive, policy, held
-        self._size, self._complete = 0, False
+        self._size, self._taken, self._complete = 0, 0, False
 
     def expect(self, content_length: str) -> None:
         """Refuse by the header what would be refused later. Raises BodyTooLarge."""
@@ -213,15 +227,20 @@ class _Body:
             size = len(message.get("body", b""))
             if self._size + size > self._policy.max_body_bytes:
                 raise self._too_large()
-            self._held.take(size)
             self._size += size
+            self.hold(size)
             self._complete = not message.get("more_body", False)
         return message
 
+    def hold(self, count: int) -> None:
+        """Count bytes as held until the request ends. Raises Overloaded."""
+        self._held.take(count)
+        self._taken += count
+
     def forget(self) -> None:
         """The request is over: its bytes are held no more."""
-        self._held.give(self._size)
-        self._size = 0
+        self._held.give(self._taken)
+        self._taken = 0
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is larger than {self._policy.max_body_bytes} bytes")
@@ -283,7 +302,7 @@ def _described(error: BaseException) -> tuple[int, str, str]:
     return 500, "internal", "internal error; the server's log has it under this request's id"
 
 
-def _note(record: dict[str, Any], error: Exception) -> None:
+def note(record: dict[str, Any], error: Exception) -> None:
     """Into the log record; a bug with its traceback."""
     status, code, message = _described(error)
     record["error"] = {"code": code, "message": message}
