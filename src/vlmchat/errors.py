@@ -20,6 +20,8 @@ VlmchatError
 ├─ Forbidden                from a host or page that may not ask
 ├─ Overloaded               more than may wait; try again later
 ├─ Unavailable              loading, or shutting down
+├─ NoWorker                 no worker serves the model at present
+├─ WorkerFailed             one after the other
 ├─ NetworkError             no network, a server that does not answer, a failed download
 ├─ ModelError
 │  ├─ ModelNotFound
@@ -59,7 +61,7 @@ class ConfigError(VlmchatError):
 
 
 class InvalidRequest(VlmchatError):
-    """The request cannot be served as it stands; `param` is what is wrong in it, if one thing is."""
+    """The request cannot be served as it stands; `param` names what is wrong in it."""
 
     code = "invalid_request"
     http_status = 400
@@ -168,6 +170,22 @@ class Unavailable(VlmchatError):
     code = "unavailable"
     http_status = 503
     exit_code = 75
+
+
+class NoWorker(VlmchatError):
+    """No worker that serves the model is there at present."""
+
+    code = "no_worker"
+    http_status = 503
+    exit_code = 69
+
+
+class WorkerFailed(VlmchatError):
+    """Workers failed one after the other over the same request."""
+
+    code = "worker_failed"
+    http_status = 502
+    exit_code = 69
 
 
 class NetworkError(VlmchatError):

@@ -42,7 +42,7 @@ class WorkerStatus:
             raise InvalidRequest("worker_status.speed and .queue_length are not numbers from 0 on")
         ours = body.get("vlmchat")
         known = ours if isinstance(ours, Mapping) else {}
-        return cls(tuple(dict.fromkeys(names)), float(speed), int(queue), known)
+        return cls(tuple(dict.fromkeys(names)), speed, int(queue), known)
 
 
 def _is_count(value: Any) -> bool:
@@ -209,6 +209,10 @@ class Registry:
             self.remove(worker.name)
         return dead
 
+    def serving(self, model: str) -> list[Worker]:
+        """All workers that have the model, also those that are not well."""
+        return [worker for worker in self.workers if model in worker.status.models]
+
     def knows(self, model: str) -> bool:
         """Whether a worker has the model now, or had it a short while ago."""
         return self._seen.get(model, float("-inf")) > self._clock() - _KNOWN_FOR_S
@@ -248,5 +252,5 @@ class Registry:
         avoid: Collection[tuple[str, int]],
         fits: Callable[[Worker], bool],
     ) -> Worker | None:
-        able = [w for w in self.workers if w.healthy and model in w.status.models and fits(w)]
+        able = [w for w in self.serving(model) if w.healthy and fits(w)]
         return self._choose([w for w in able if (w.name, w.epoch) not in avoid], prefixes)
