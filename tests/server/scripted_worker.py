@@ -14,12 +14,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.server.running import running
+from tests.server.sockets import serving
 from vlmchat.request import Delta, FinishReason
 from vlmchat.server import legacy
 from vlmchat.server.app import Edge, EdgePolicy
@@ -161,7 +160,7 @@ def _gated(worker: ScriptedWorker, route: Any) -> Route:
 
 async def _main() -> None:
     worker = ScriptedWorker(**json.loads(sys.argv[1]))
-    async with running(worker.app()) as url:
+    async with serving(worker.app()) as url:
         print(url, flush=True)
         await asyncio.sleep(3600)
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.server.running import running
+from tests.server.sockets import serving
 from tests.server.scripted_worker import ScriptedWorker
 from vlmchat.server.app import EdgePolicy, Keys
 from vlmchat.server.controller import Controller, Probing
@@ -52,7 +52,7 @@ class Site:
 
     async def add(self, worker: ScriptedWorker) -> ScriptedWorker:
         """Serve a worker and register it, as it would itself."""
-        self.addresses.append(await self.stack.enter_async_context(running(worker.app())))
+        self.addresses.append(await self.stack.enter_async_context(serving(worker.app())))
         answer = await self.register(self.addresses[-1], worker.status())
         assert answer.json() is None
         return worker
@@ -88,7 +88,7 @@ async def site(
     policy = EdgePolicy(keys=Keys(access.pop("keys", ())))
     app = controller.app(policy, registration, records.append)
     async with AsyncExitStack() as stack:
-        url = await stack.enter_async_context(running(app))
+        url = await stack.enter_async_context(serving(app))
         http = await stack.enter_async_context(httpx2.AsyncClient(base_url=url, timeout=20))
         beside = asyncio.create_task(controller.run())
         stack.callback(beside.cancel)
