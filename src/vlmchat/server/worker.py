@@ -281,7 +281,7 @@ class Worker:
         conversation = work.conversation(images)
         wanted, trimmed = work.params[0].max_new_tokens, Trimmed()
         if work.truncate:
-            room = wanted or min(ROOM_FOR_ANSWER, context // 2)
+            room = wanted or min(ROOM_FOR_ANSWER, context // 4)
             conversation, trimmed = fit(conversation, backend, context - room)
         if wanted and not work.clamp:
             return conversation, work.params, trimmed
