@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from vlmchat.engine.sampler import Sampler
 
 
+TOKENS_BEFORE = 8  # of an answer's given beginning: enough to tell how the next one is written
+
+
 class EngineStream:
     """One answer on its way out of the engine. Once nobody holds it any more, it is cancelled."""
 
@@ -111,7 +114,8 @@ class Engine:
         if len(prompt.ids) > limit:
             raise PromptTooLong(len(prompt.ids), limit, prompt.num_image_tokens)
         stop = params.stop + self._processor.stop
-        detokenizer = Detokenizer(self._processor.tokenizer, stop)
+        begun = prompt.ids[-TOKENS_BEFORE:] if conversation.begun else ()
+        detokenizer = Detokenizer(self._processor.tokenizer, stop, begun)
         # The sequence knows the queue, not the stream: only the caller holds that.
         items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
         sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, items.put)

@@ -274,7 +274,13 @@ def error_object(error: BaseException) -> dict[str, Any]:
     fallback = "invalid_request_error" if status < 500 else "server_error"
     kind = _ERROR_TYPES.get(status, fallback)
     param = getattr(error, "param", None)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    told = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": {key: value and _sendable(value) for key, value in told.items()}}
+
+
+def _sendable(text: str) -> str:
+    """Without lone surrogates, which a client can send as \\u escapes, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_response(error: BaseException) -> JSONResponse:

@@ -23,13 +23,15 @@ from starlette.types import Receive, Scope, Send
 from vlmchat.config import ImagePolicy
 from vlmchat.conversation import Conversation, Image
 from vlmchat.errors import EngineDead, ModelNotFound, PromptTooLong, Unavailable
-from vlmchat.request import Backend, Load, PromptSize, SamplingParams, Usage
+from vlmchat.request import Backend, Delta, Load, PromptSize, SamplingParams, Usage
 from vlmchat.server import openai
 from vlmchat.server.admission import Admission
 from vlmchat.server.answers import Answers, Piece
 from vlmchat.server.app import CLIENT_CLOSED, Edge, EdgePolicy, error_object, note, read_json
+from vlmchat.server.legacy import GenerateRequest, worker_routes
 from vlmchat.server.metrics import CONTENT_TYPE, Metrics
 from vlmchat.server.pictures import Pictures, Source, is_remote
+from vlmchat.server.relayed import with_pings
 from vlmchat.session import Trimmed, fit
 
 CHARACTERS_PER_TOKEN = 3  # a guess on the high side, for the queue's limit only
@@ -37,6 +39,7 @@ FIRST_GUESS_IMAGE_TOKENS = 576  # LLaVA-1.5's; then what pictures took lately
 ROOM_FOR_ANSWER = 512  # kept free by truncation where the request names no max_tokens
 KEPT_PREFIXES = 64
 DRAIN_STEP_S = 0.05
+PING = b": ping\n\n"  # a comment, which keeps proxies from giving up
 CLIENT_HEADER = "x-vlmchat-client"
 
 
@@ -218,6 +221,23 @@ class Worker:
             self._num_active -= 1
             self.changed()
 
+    @asynccontextmanager
+    async def answers(
+        self, asked: GenerateRequest, request: Request
+    ) -> AsyncIterator[AsyncIterator[Delta]]:
+        """See `legacy.WorkerHost`."""
+        sources = tuple(Source(url, f"images[{i}]") for i, url in enumerate(asked.images))
+        work = Work(
+            sources,
+            asked.conversation,
+            len(asked.prompt),
+            (asked.params,),
+            clamp=True,
+            prefixes=asked.prefixes,
+        )
+        async with self.answering(work, request) as begun:
+            yield (piece.delta async for piece in begun.answers)
+
     async def size(self, work: Work, request: Request) -> PromptSize:
         """The tokens of `work`'s prompt."""
         backend = self.backend
@@ -333,7 +353,7 @@ class Worker:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/vlmchat/count", self._count, methods=["POST"]),
         ]
-        return routes
+        return routes + worker_routes(self)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": self.state()})
@@ -399,14 +419,14 @@ class Worker:
         self, asked: openai.ChatRequest, request: Request, send: Responder
     ) -> None:
         async with self._begin(asked, request) as begun:
-            pinged = _with_pings(self._events(asked, begun), self.policy.ping_s)
+            pinged = with_pings(self._events(asked, begun), self.policy.ping_s)
             async with aclosing(pinged) as events:
                 first = await anext(events)  # an error until here has its own status
                 await send.start("text/event-stream", {"cache-control": "no-cache"})
                 try:
-                    await send.more(first)
+                    await send.more(first or PING)
                     async for chunk in events:
-                        await send.more(chunk)
+                        await send.more(chunk or PING)
                 except Exception as error:  # the status line has gone: the stream tells it
                     note(request.state.record, error)
                     self._dead = self._dead or isinstance(error, EngineDead)
@@ -468,27 +488,6 @@ def _add(said: openai.Said, piece: Piece) -> None:
             said.finish_reason = openai.finish_reason(delta.finish_reason)
         except KeyError:
             raise Unavailable("the answer was stopped on the server") from None
-
-
-async def _with_pings(events: AsyncGenerator[bytes], interval_s: float) -> AsyncGenerator[bytes]:
-    """`events`, with a comment where none came for so long: it keeps proxies from giving up."""
-    task: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            task = task or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({task}, timeout=interval_s)
-            if not done:
-                yield b": ping\n\n"
-                continue
-            try:
-                event = task.result()
-            except StopAsyncIteration:
-                return
-            task = None
-            yield event
-    finally:
-        if task is not None:
-            task.cancel()
 
 
 class Responder:
