@@ -17,7 +17,7 @@ async def serving(app: ASGIApp, port: int = 0) -> AsyncIterator[str]:
     """`app`, served on a loopback port; the address."""
     sock = bind("127.0.0.1", port)
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=0
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([sock]))

@@ -15,8 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.server.sockets import serving
 from tests.server.scripted_worker import ScriptedWorker
+from tests.server.sockets import serving
 from vlmchat.server.app import EdgePolicy, Keys
 from vlmchat.server.controller import Controller, Probing
 from vlmchat.server.dispatch import chooser
@@ -81,7 +81,7 @@ async def site(
     registration = Keys(access.pop("registration", ()))
     registry: Any = Registry(chooser("shortest_queue", random.Random(1)), time.monotonic)
     outgoing = Outgoing(AllowList(access.pop("allowed", ("127.0.0.1",))))
-    controller = Controller(registry, outgoing, limits, Probing(30, 0.1, 1))
+    controller = Controller(registry, outgoing, limits, Probing(30, 0.1, 1, 0.05))
     if not graced:
         controller.counts.started -= 3600
     records: list[dict[str, Any]] = []

@@ -15,9 +15,12 @@ import typer
 from vlmchat import __version__
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
+from vlmchat.commands.controller import controller
 from vlmchat.commands.exit import end_on_signals, reporting
 from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
+from vlmchat.commands.status import status
+from vlmchat.commands.worker import worker
 
 app = typer.Typer(
     name="vlmchat",
@@ -25,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("chat", cls=GroupedCommand)(grouped(chat))
+app.command("worker", cls=GroupedCommand)(grouped(worker))
+app.command("controller", cls=GroupedCommand)(grouped(controller))
+app.command("status")(status)
 app.command("config")(config)
 app.add_typer(models, name="models")
 
