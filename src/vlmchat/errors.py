@@ -94,8 +94,12 @@ class PromptTooLong(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int, image_tokens: int = 0) -> None:
+    def __init__(self, tokens: int, limit: int, image_tokens: int = 0, said: str = "") -> None:
+        """said: a server's words, where it gives no numbers; these are 0 then."""
         self.tokens, self.limit, self.image_tokens = tokens, limit, image_tokens
+        if said:
+            super().__init__(said)
+            return
         of_images = f" ({image_tokens} of them pictures)" if image_tokens else ""
         fewer_images = "use fewer pictures, " if image_tokens else ""
         super().__init__(

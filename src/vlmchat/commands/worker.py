@@ -288,7 +288,7 @@ async def _serve(
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             try:
-                host.ready(loading.result())
+                host.ready(loading.result(), resumes=server.upstream is None)
             except BaseException:
                 http.stop()
                 raise

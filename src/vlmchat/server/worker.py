@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -22,7 +23,13 @@ from starlette.types import Receive, Scope, Send
 
 from vlmchat.config import ImagePolicy
 from vlmchat.conversation import Conversation, Image
-from vlmchat.errors import EngineDead, ModelNotFound, PromptTooLong, Unavailable
+from vlmchat.errors import (
+    EngineDead,
+    ModelNotFound,
+    PromptTooLong,
+    Unavailable,
+    UnsupportedParameter,
+)
 from vlmchat.request import Backend, Delta, Load, PromptSize, SamplingParams, Usage
 from vlmchat.server import openai
 from vlmchat.server.admission import Admission
@@ -36,7 +43,8 @@ from vlmchat.session import Trimmed, fit
 
 CHARACTERS_PER_TOKEN = 3  # a guess on the high side, for the queue's limit only
 FIRST_GUESS_IMAGE_TOKENS = 576  # LLaVA-1.5's; then what pictures took lately
-ROOM_FOR_ANSWER = 512  # kept free by truncation where the request names no max_tokens
+# Kept free by truncation where the request names no max_tokens, or none can be told.
+ROOM_FOR_ANSWER = 512
 KEPT_PREFIXES = 64
 DRAIN_STEP_S = 0.05
 PING = b": ping\n\n"  # a comment, which keeps proxies from giving up
@@ -113,6 +121,7 @@ class Worker:
         self._log, self._trusts = log, trusts
         self._backend: Backend | None = None
         self._dead = self._draining = False
+        self._resumes = True
         self._pictures = Pictures(policy.images, policy.max_images)
         self._decoders = ThreadPoolExecutor(policy.decoders, "vlmchat-prepare")
         self._fetchers = ThreadPoolExecutor(policy.fetchers, "vlmchat-fetch")
@@ -122,9 +131,9 @@ class Worker:
         self._num_active = 0
         self.edge = Edge(self._routes(), edge, self._note)
 
-    def ready(self, backend: Backend) -> None:
-        """The model is loaded."""
-        self._backend = backend
+    def ready(self, backend: Backend, *, resumes: bool = True) -> None:
+        """The model is loaded. resumes: whether it can go on from token ids."""
+        self._backend, self._resumes = backend, resumes
 
     @property
     def backend(self) -> Backend:
@@ -160,6 +169,7 @@ class Worker:
             "vlmchat": {
                 "version": __version__,
                 "openai": True,
+                "resume": self._resumes,
                 "state": self.state(),
                 "running": self.admission.running,
                 "waiting": self.admission.waiting,
@@ -305,10 +315,7 @@ class Worker:
             conversation, trimmed = fit(conversation, backend, context - room)
         if wanted and not work.clamp:
             return conversation, work.params, trimmed
-        size = backend.count(conversation)
-        left = context - size.tokens
-        if left < 1:
-            raise PromptTooLong(size.tokens, context - 1, size.image_tokens)
+        left = _room_left(backend, conversation)
         most = min(wanted or left, left)
         return conversation, tuple(replace(p, max_new_tokens=most) for p in work.params), trimmed
 
@@ -413,7 +420,8 @@ class Worker:
                 _add(said[piece.choice], piece)
                 if piece.delta.usage is not None:
                     usages.append(piece.delta.usage)
-        await send(JSONResponse(reply.whole(said, openai.total(usages))))
+        whole = json.dumps(reply.whole(said, openai.total(usages)))
+        await send(Response(whole, media_type="application/json"))
 
     async def _send_stream(
         self, asked: openai.ChatRequest, request: Request, send: Responder
@@ -464,6 +472,17 @@ class Worker:
                 yield begun
         except PromptTooLong as error:
             raise openai.overflow(error, context) from error
+
+
+def _room_left(backend: Backend, conversation: Conversation) -> int:
+    """Tokens that an answer may have; a guess where the backend cannot count."""
+    try:
+        size, context = backend.count(conversation), backend.status().context_length
+    except UnsupportedParameter:
+        return ROOM_FOR_ANSWER
+    if size.tokens >= context > 0:
+        raise PromptTooLong(size.tokens, context - 1, size.image_tokens)
+    return context - size.tokens if context else ROOM_FOR_ANSWER
 
 
 def _work(asked: openai.ChatRequest) -> Work:
