@@ -251,3 +251,50 @@ async def test_controller_serves_workers_of_llava_on_their_own_wire_only() -> No
     async with site(ScriptedWorker(ours=False)) as place:
         answer = await place.chat()
         assert (answer.status_code, "wire only" in answer.text) == (404, True)
+
+
+@run_async
+async def test_controller_tells_streams_that_it_ends_when_they_outlast_the_drain() -> None:
+    async with site(ScriptedWorker(delay_s=0.05, words=10_000)) as place:
+        waiting = asyncio.create_task(place.chunks())
+        while not place.controller.registry.workers[0].leases:
+            await asyncio.sleep(0.01)
+        draining = asyncio.create_task(place.controller.drain(0.3))
+        await asyncio.sleep(0.1)
+        late = await place.chat()
+        chunks = await waiting
+        await draining
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "unavailable")
+    assert chunks[-1]["error"]["code"] == "unavailable"
+    assert text_of(chunks).startswith("w0 w1 ")
+
+
+@run_async
+async def test_controller_shows_how_it_stands() -> None:
+    async with site(ScriptedWorker()) as place:
+        await place.chat()
+        shown = (await place.http.get("/status")).json()
+        metrics = (await place.http.get("/metrics")).text
+        ready = await place.http.get("/ready")
+    assert (shown["requests"], shown["models"], shown["under_way"]) == (1, ["m"], 0)
+    assert shown["workers"][0]["leases"] == 0
+    assert "vlmchat_controller_requests_total 1.0" in metrics
+    assert ready.status_code == 200
+
+
+@run_async
+async def test_controller_is_not_ready_without_a_worker() -> None:
+    async with site() as place:
+        assert (await place.http.get("/ready")).status_code == 503
+        assert (await place.http.get("/health")).status_code == 200
+
+
+@run_async
+async def test_controller_lists_the_models_of_all_workers_once() -> None:
+    workers = ScriptedWorker(), ScriptedWorker(), ScriptedWorker(model="n", ours=False)
+    async with site(*workers) as place:
+        data = (await place.http.get("/v1/models")).json()["data"]
+    assert [(entry["id"], entry.get("max_model_len")) for entry in data] == [
+        ("m", 2048),
+        ("n", None),
+    ]

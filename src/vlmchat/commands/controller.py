@@ -120,5 +120,7 @@ async def _serve(
 
 
 def _log(record: dict[str, Any]) -> None:
-    """One line for each request, on stderr."""
+    """One line for each request, on stderr; heart beats that are as they should be have none."""
+    if record["path"] == "/receive_heart_beat" and record["status"] == 200:
+        return
     print(json.dumps(record), file=sys.stderr, flush=True)

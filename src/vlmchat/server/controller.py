@@ -22,7 +22,14 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlmchat import __version__
-from vlmchat.errors import Forbidden, InvalidRequest, NetworkError, Overloaded, VlmchatError
+from vlmchat.errors import (
+    Forbidden,
+    InvalidRequest,
+    NetworkError,
+    Overloaded,
+    Unavailable,
+    VlmchatError,
+)
 from vlmchat.server import legacy
 from vlmchat.server.app import Edge, EdgePolicy, Keys, read_json
 from vlmchat.server.dispatch import prefix_hashes, text_hashes
@@ -92,8 +99,8 @@ class Controller:
         self._dispatch_method = dispatch_method
         self._pending: dict[str, _Pending] = {}
         self._probed: dict[str, float] = {}
-        self._under_way = 0
-        self._draining = False
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._draining = self._closing = False
         self._instance = uuid.uuid4().hex
         self.counts = Counts()
 
@@ -273,6 +280,8 @@ class Controller:
         return Relayed(relay.items(), form, lambda record: self._counted(relay, record))
 
     def _relay(self, request: Request, wire: Wire, model: str, prefixes: Sequence[str]) -> Relay:
+        if self._draining:
+            raise Unavailable("the controller shuts down; ask again")
         record = request.state.record
         record["model"] = model[:_MAX_NAME]
         return Relay(
@@ -290,14 +299,19 @@ class Controller:
     async def _counted(self, relay: Relay, record: dict[str, Any]) -> AsyncIterator[None]:
         """Around one answer: counts it, and notes its way in the log record."""
         self.counts.requests += 1
-        self._under_way += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.counts.failed += 1
+            if self._closing and isinstance(error, asyncio.CancelledError):
+                task.uncancel()
+                raise Unavailable("the controller shut down in mid-answer; ask again") from None
             raise
         finally:
-            self._under_way -= 1
+            self._under_way.discard(task)
             self.counts.failovers += len(relay.losses)
             record["workers"] = relay.workers
             if relay.losses:
@@ -333,7 +347,7 @@ class Controller:
                 "uptime_s": round(now - self.counts.started, 1),
                 "requests": self.counts.requests,
                 "failovers": self.counts.failovers,
-                "under_way": self._under_way,
+                "under_way": len(self._under_way),
                 "models": self.registry.models(),
                 "workers": [_described(worker, now) for worker in self.registry.workers],
             }
@@ -344,7 +358,7 @@ class Controller:
 
         from vlmchat.server.controller_metrics import exposition
 
-        text = exposition(self.counts, self.registry.workers, self._under_way)
+        text = exposition(self.counts, self.registry.workers, len(self._under_way))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     # -- beside the server -------------------------------------------------------------------
@@ -417,11 +431,16 @@ class Controller:
             worker.fail(trouble)
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait, so long at most, until no answer is under way."""
+        """Refuse what comes; answers under way have so long to end, then are told to."""
         self._draining = True
         end = time.monotonic() + timeout_s
         while self._under_way and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        self._closing = True
+        for task in self._under_way:
+            task.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=1.0)
 
 
 def _post(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:

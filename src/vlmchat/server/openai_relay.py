@@ -198,6 +198,8 @@ class OpenAIWire:
                 known.ids += ids
             elif choice["delta"].get("content"):
                 known.ids = None
+            if known.text and not known.ids:
+                known.ids = None  # text, but no tokens: the worker does not tell them
 
 
 def assemble(chunks: Sequence[Item]) -> Item:
