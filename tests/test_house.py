@@ -29,6 +29,7 @@ VALUES = ("errors", "conversation", "request", "config")
 TORCH_ROOMS = (
     *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
+    "grammar",
 )
 
 
