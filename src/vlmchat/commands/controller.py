@@ -42,7 +42,6 @@ def _run(access: AccessOptions, options: ControllerOptions) -> None:
     built = _build(access, options)
     sock = serve.bind(access.host, options.port)
     logging.basicConfig(level=logging.WARNING, format="vlmchat: %(message)s", stream=sys.stderr)
-    _announce(sock, access, options)
     asyncio.run(_serve(built, sock, keys, access, options))
 
 
@@ -111,12 +110,19 @@ async def _serve(
     own = (access.registration_key,) if access.registration_key else ()
     app = controller.app(policy, Keys(own), _log)
     server = serve.Server(app, lambda: controller.drain(options.drain_timeout))
-    beside = asyncio.create_task(controller.run())
+
+    async def announce() -> None:
+        while not server.started:  # from then on signals drain
+            await asyncio.sleep(0.01)
+        _announce(sock, access, options)
+
+    beside = [asyncio.create_task(controller.run()), asyncio.create_task(announce())]
     try:
         await server.run_on(sock)
     finally:
-        beside.cancel()
-        await asyncio.wait({beside})
+        for task in beside:
+            task.cancel()
+        await asyncio.wait(beside)
 
 
 def _log(record: dict[str, Any]) -> None:
