@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlmchat.errors import InvalidRequest
 from vlmchat.server.dispatch import Choose
@@ -45,7 +45,7 @@ class WorkerStatus:
         return cls(tuple(dict.fromkeys(names)), speed, int(queue), known)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
