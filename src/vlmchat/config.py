@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlmchat.errors import ConfigError
 from vlmchat.request import SamplingParams
@@ -66,3 +67,8 @@ def sampling_params(
     if logprobs is not None and logprobs < 0:
         raise ConfigError(f"--logprobs is {logprobs}; it must be 0 or more")
     return SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, stop, logprobs)
+
+
+def settings_of(params: SamplingParams) -> dict[str, Any]:
+    """What a person can set, by name: it goes into `sampling_params` as it is."""
+    return {name: getattr(params, name) for name in sampling_params.__kwdefaults__ or ()}

@@ -7,10 +7,10 @@ Knows the shape of the JSON, nothing of folders and locks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from vlmchat.config import sampling_params
+from vlmchat.config import sampling_params, settings_of
 from vlmchat.conversation import Conversation, Image, Message, Turn
 from vlmchat.errors import ConfigError
 from vlmchat.request import Backend, SamplingParams
@@ -94,7 +94,7 @@ def to_json(saved: SavedSession) -> dict[str, Any]:
         "created": saved.created,
         "updated": saved.updated,
         "model": saved.model,
-        "params": asdict(saved.params),
+        "params": settings_of(saved.params),
         "system": saved.conversation.system,
         "forgotten": [_turn_json(turn) for turn in saved.forgotten],
         "turns": [_turn_json(turn) for turn in saved.conversation.turns],

@@ -23,6 +23,7 @@ from vlmchat.commands.exit import reporting
 from vlmchat.commands.options import (
     ChatOptions,
     FileOptions,
+    FormOptions,
     ImageOptions,
     ModelOptions,
     OutputOptions,
@@ -49,6 +50,7 @@ def chat(
     asked: ChatOptions,
     model: ModelOptions,
     sampling: SamplingOptions,
+    form: FormOptions,
     images: ImageOptions,
     output: OutputOptions,
     file: FileOptions,
@@ -62,7 +64,8 @@ def chat(
         if sampling.logprobs is not None and not output.as_json:
             raise ConfigError("--logprobs goes with --json")
         questions = read_questions(asked, output)
-        params, config = sampling.build(), model.build()
+        params = replace(sampling.build(), grammar=form.build())
+        config = model.build()
         from rich.console import Console
 
         from vlmchat.images import ImageLoader

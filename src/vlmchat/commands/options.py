@@ -7,6 +7,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from copy import copy
@@ -22,7 +23,7 @@ from typer.core import TyperCommand
 from vlmchat.commands.settings import model_alias, read_aliases, read_config, state_path
 from vlmchat.config import DEFAULT_MODEL, DEMO_MODEL, ImagePolicy, ModelConfig, sampling_params
 from vlmchat.errors import ConfigError
-from vlmchat.request import SamplingParams
+from vlmchat.request import Grammar, SamplingParams
 
 POLICY = ImagePolicy()
 SAMPLING = SamplingParams()
@@ -486,3 +487,33 @@ class ControllerOptions:
     debug: Annotated[bool, typer.Option("--debug/--no-debug", help="Show where errors arose.")] = (
         False
     )
+
+
+@dataclass(frozen=True, slots=True)
+class FormOptions:
+    """What form answers must have."""
+
+    panel: ClassVar = "Answers"
+    schema: Annotated[
+        Path | None,
+        typer.Option("--schema", metavar="FILE", help="Answer in JSON that follows this schema."),
+    ] = None
+    json_object: Annotated[
+        bool, typer.Option("--json-object/--no-json-object", help="Answer with a JSON object.")
+    ] = False
+
+    def build(self) -> Grammar | None:
+        """The grammar asked for. Raises ConfigError for a file that holds no schema."""
+        if self.schema is None:
+            return Grammar("json_object", "") if self.json_object else None
+        if self.json_object:
+            raise ConfigError("--schema and --json-object are both given; choose one")
+        try:
+            text = self.schema.read_text("utf-8")
+            schema = json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"not JSON ({error})"
+            raise ConfigError(f"--schema {self.schema} cannot be read: {reason}") from None
+        if not isinstance(schema, dict):
+            raise ConfigError(f"--schema {self.schema} holds no schema: it is not an object")
+        return Grammar("json_schema", text)
