@@ -116,6 +116,11 @@ class Process:
         if self.process is not None:
             await self.process.wait()
 
+    async def kill(self) -> None:
+        """At once, also when it is stopped."""
+        self.send(signal.SIGCONT)
+        await self.end(signal.SIGKILL)
+
 
 class Fleet:
     """The servers, and what befalls them."""
@@ -136,7 +141,7 @@ class Fleet:
         self.controller.arguments = ("--port", port, "--drain-timeout", f"{DRAIN_S:g}")
         await self.restart_controller()
         self.tally.restarts, self.restarted_at = 0, 0.0
-        arguments = ("--model-path", MODEL, "--port", "0", "--device", "cpu")
+        arguments: tuple[str, ...] = ("--model-path", MODEL, "--port", "0", "--device", "cpu")
         arguments = (*arguments, "--controller-address", self.controller.url)
         self.workers = [Process("worker", arguments, self._log) for _ in range(self._plan.workers)]
         await asyncio.gather(*(worker.start() for worker in self.workers))
@@ -146,8 +151,7 @@ class Fleet:
         for task in self._restarting:
             task.cancel()
         for process in (*self.workers, self.controller):
-            process.send(signal.SIGCONT)
-            await process.end(signal.SIGKILL)
+            await process.kill()
 
     async def torment(self) -> None:
         """Until cancelled."""
@@ -218,24 +222,26 @@ def conversations(count: int, seed: int) -> list[list[Message]]:
     chance = random.Random(seed)
     return [
         [
-            _message(QUESTIONS[0], _picture(chance)),
-            _message(QUESTIONS[1]),
-            _message(QUESTIONS[2], _picture(chance)),
+            message(QUESTIONS[0], picture(chance)),
+            message(QUESTIONS[1]),
+            message(QUESTIONS[2], picture(chance)),
         ]
         for _ in range(count)
     ]
 
 
-def _picture(chance: random.Random) -> str:
+def picture(chance: random.Random) -> str:
+    """A data URL of a random scene."""
     file = io.BytesIO()
     draw(random_scene(chance), PICTURE).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _message(text: str, picture: str | None = None) -> Message:
+def message(text: str, url: str | None = None) -> Message:
+    """A user's, with a picture perhaps."""
     parts: list[Message] = [{"type": "text", "text": text}]
-    if picture is not None:
-        parts.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    if url is not None:
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return {"role": "user", "content": parts}
 
 

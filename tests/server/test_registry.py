@@ -181,7 +181,7 @@ def test_cache_aware_forgets_what_a_process_knew_that_was_replaced() -> None:
     assert leased(found, ("p1",)) == "a"
 
 
-TURNS = [
+TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},
     {
         "role": "user",
@@ -194,7 +194,11 @@ TURNS = [
 
 
 def test_prefix_hashes_of_a_next_turn_begin_with_those_of_the_last() -> None:
-    later = [*TURNS, {"role": "assistant", "content": "a star"}, {"role": "user", "content": "?"}]
+    later: list[dict[str, Any]] = [
+        *TURNS,
+        {"role": "assistant", "content": "a star"},
+        {"role": "user", "content": "?"},
+    ]
     assert prefix_hashes(later)[:2] == prefix_hashes(TURNS)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -121,7 +121,7 @@ class Relay:
         self.workers: list[str] = []  # whom it was given to, in order
         self.losses: list[str] = []  # why they were lost
 
-    async def items(self) -> AsyncIterator[Item]:
+    async def items(self) -> AsyncGenerator[Item, None]:
         """The answer's parts for the client, each once.
 
         Raises ModelNotFound, NoWorker, WorkerFailed, Refusal.
@@ -186,7 +186,7 @@ class Relay:
             known = ", ".join(self._registry.models()) or "none"
             raise ModelNotFound(f"no worker serves {model}; served are: {known}")
 
-    async def _attempt(self, worker: Worker) -> AsyncIterator[Item]:
+    async def _attempt(self, worker: Worker) -> AsyncGenerator[Item, None]:
         """What this worker brings. Raises WorkerLost, Refusal."""
         path, body = self._wire.request(worker)
         pieces: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(_READ_AHEAD)

@@ -325,8 +325,10 @@ class LegacyWire:
                 return None
             text = self._sent + Overlap(self._sent).fresh(text)
             self._behind = False
-        told = isinstance(ids, list) and self._ids is not None
-        self._ids = [*(self._ids or []), *ids] if told else None
+        if isinstance(ids, list) and self._ids is not None:
+            self._ids = [*self._ids, *ids]
+        else:
+            self._ids = None
         if text != self._prompt and not self._ids:
             self._ids = None  # text, but no tokens: the worker does not tell them
         self._sent = text

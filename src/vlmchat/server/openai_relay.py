@@ -139,7 +139,7 @@ class OpenAIWire:
 
     def _chunk(self, chunk: Item) -> list[Item]:
         first = self._first = self._first or chunk
-        same = {key: first[key] for key in ("id", "created", "model") if key in first}
+        same: Item = {key: first[key] for key in ("id", "created", "model") if key in first}
         chunk = {**chunk, **same}
         choices = chunk.get("choices")
         if not isinstance(choices, list):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -168,7 +168,9 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def with_pings(items: AsyncGenerator[T, None], every_s: float) -> AsyncIterator[T | None]:
+async def with_pings(
+    items: AsyncGenerator[T, None], every_s: float
+) -> AsyncGenerator[T | None, None]:
     """The items, and None after each `every_s` seconds without one.
 
     They are made in one task, which is cancelled when this is closed.
