@@ -178,6 +178,16 @@ def test_body_over_the_limit_is_refused_by_header_and_as_it_comes() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
+def test_body_that_drips_is_refused_in_time() -> None:
+    edge = EdgePolicy(body_timeout_s=0.2)
+    with running(ScriptedBackend(), edge=edge) as up:
+        port = int(up.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+            connection.sendall(b"Content-Length: 99\r\n\r\n{")
+            assert b"HTTP/1.1 400" in connection.recv(1000)
+
+
 def test_bodies_held_together_are_bounded_and_given_back() -> None:
     edge = EdgePolicy(max_held_bytes=1000)
     with running(ScriptedBackend(), edge=edge) as up, up.http() as http:

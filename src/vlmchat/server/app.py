@@ -207,6 +207,7 @@ class _Body:
     def __init__(self, receive: Receive, policy: EdgePolicy, held: HeldBytes) -> None:
         self._receive, self._policy, self._held = receive, policy, held
         self._size, self._taken, self._complete = 0, 0, False
+        self._deadline = asyncio.get_running_loop().time() + policy.body_timeout_s
 
     def expect(self, content_length: str) -> None:
         """Refuse by the header what would be refused later. Raises BodyTooLarge."""
@@ -217,7 +218,7 @@ class _Body:
         if self._complete:
             return await self._receive()  # waits for the client to leave
         try:
-            async with asyncio.timeout(self._policy.body_timeout_s):
+            async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
             raise InvalidRequest(
