@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench chaos docs clean
 
 demo: $(READY)
 	$(BIN)/vlmchat chat --model-path demo --image examples/shapes.png -p "Describe the image." -p "What colour is the star?"
@@ -20,6 +20,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+chaos: $(READY)
+	$(BIN)/python -m tools.chaos
 
 docs: $(READY)
 	$(BIN)/python -m tools.docs

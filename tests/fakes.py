@@ -20,7 +20,9 @@ from vlmchat.errors import EngineDead, PromptTooLong
 from vlmchat.images import ImageLoader
 from vlmchat.request import (
     Delta,
+    DrawnToken,
     FinishReason,
+    Logprob,
     PromptSize,
     SamplingParams,
     Status,
@@ -71,8 +73,9 @@ class ScriptedStream:
             said = words(str(answer.args[1])) if len(answer.args) > 1 else []
         else:
             said = words(answer)
-        first_s, count, reason = 0.0, 0, FinishReason.STOP
-        for word in said:
+        count = len(params.resume)  # words are tokens; their places are their ids
+        first_s, reason = 0.0, FinishReason.STOP
+        for word in said[count:]:
             if count == params.max_new_tokens:
                 reason = FinishReason.LENGTH
                 break
@@ -81,13 +84,14 @@ class ScriptedStream:
                 break
             count += 1
             first_s = first_s or time.monotonic() - start
-            yield Delta(word)
+            yield Delta(word, token_ids=(count - 1,))
         if isinstance(answer, Exception):
             raise answer
         total_s = time.monotonic() - start
         rate = (count - 1) / max(total_s - first_s, 1e-6) if count > 1 else 0.0
         counted = Usage(usage.prompt_tokens, usage.image_tokens, usage.cached_tokens, count)
-        yield Delta("", reason, counted, Timings(first_s, total_s, rate))
+        tokens = tuple(map(_drawn, said[:count])) if params.logprobs is not None else ()
+        yield Delta("", reason, counted, Timings(first_s, total_s, rate), tokens)
 
 
 class ScriptedBackend:
@@ -137,6 +141,11 @@ class ScriptedBackend:
 
     def close(self) -> None:
         self._closed = True
+
+
+def _drawn(word: str) -> DrawnToken:
+    sure = Logprob(len(word), word, -0.5)
+    return DrawnToken(sure, (sure,))
 
 
 def _tokens(conversation: Conversation) -> list[str]:

@@ -32,6 +32,7 @@ TORCH_ROOMS = (
     *("machine", "random_model", "capacity"),
     *("packed", "fused",),
     *("kv_cache", "lean", "static_runner"),
+    "grammar",
 )
 
 

@@ -70,11 +70,18 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system prompt, the turns so far, and perhaps a user message that waits for its answer."""
+    """A system prompt, the turns so far, and perhaps a user message that waits for its answer.
+
+    begun: how that answer begins; a model goes on from there.
+    rendered: the whole prompt as a client wrote it, `<image>` where the pictures of `pending`
+    stand; the rest is then empty.
+    """
 
     system: str = ""
     turns: tuple[Turn, ...] = ()
     pending: Message | None = None
+    begun: str = ""
+    rendered: str = ""
 
     def messages(self) -> Iterator[Message]:
         """All messages in order, the system prompt first if there is one."""

@@ -8,11 +8,20 @@ VlmchatError
 ├─ ConfigError              an option, a variable or the config file holds a bad value
 ├─ InvalidRequest           the request itself cannot be served
 │  ├─ NoInput               nothing was asked
+│  ├─ UnsupportedParameter  a parameter that is not served
+│  ├─ BodyTooLarge
 │  ├─ PromptTooLong
 │  └─ ImageError
 │     ├─ ImageNotFound      no such file
 │     ├─ ImageRejected      not a picture, broken, or over a limit
+│     ├─ DownloadFailed     the address was reached, no picture came
 │     └─ FetchRefused       the address may not be reached
+├─ Unauthorized             no key, or a wrong one
+├─ Forbidden                from a host or page that may not ask
+├─ Overloaded               more than may wait; try again later
+├─ Unavailable              loading, or shutting down
+├─ NoWorker                 no worker serves the model at present
+├─ WorkerFailed             one after the other
 ├─ NetworkError             no network, a server that does not answer, a failed download
 ├─ Unauthorized             the server wants another key
 ├─ Overloaded               the server has too much to do
@@ -55,11 +64,12 @@ class ConfigError(VlmchatError):
 
 
 class InvalidRequest(VlmchatError):
-    """The request cannot be served as it stands."""
+    """The request cannot be served as it stands; `param` names what is wrong in it."""
 
     code = "invalid_request"
     http_status = 400
     exit_code = 65
+    param: str | None = None
 
 
 class NoInput(InvalidRequest):
@@ -67,6 +77,19 @@ class NoInput(InvalidRequest):
 
     code = "no_input"
     exit_code = 66
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter, or a value of it, that is known but not served: refused, never ignored."""
+
+    code = "unsupported_parameter"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request has more bytes than a server takes."""
+
+    code = "body_too_large"
+    http_status = 413
 
 
 class PromptTooLong(InvalidRequest):
@@ -107,11 +130,69 @@ class ImageRejected(ImageError):
     code = "image_rejected"
 
 
+class DownloadFailed(ImageError):
+    """The server that has the picture did not send it."""
+
+    code = "image_download_failed"
+
+
 class FetchRefused(ImageError):
     """The address may not be reached: scheme, private host, or redirect."""
 
     code = "fetch_refused"
     exit_code = 77
+
+
+class Unauthorized(VlmchatError):
+    """The request has no key, or one that is not known."""
+
+    code = "unauthorized"
+    http_status = 401
+    exit_code = 77
+
+
+class Forbidden(VlmchatError):
+    """The request comes from a host or a page that may not ask."""
+
+    code = "forbidden"
+    http_status = 403
+    exit_code = 77
+
+
+class Overloaded(VlmchatError):
+    """As many requests wait as may wait; `retry_after_s` says when to ask again."""
+
+    code = "overloaded"
+    http_status = 429
+    exit_code = 75
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class Unavailable(VlmchatError):
+    """The server does not answer at present: it loads its model, or shuts down."""
+
+    code = "unavailable"
+    http_status = 503
+    exit_code = 75
+
+
+class NoWorker(VlmchatError):
+    """No worker that serves the model is there at present."""
+
+    code = "no_worker"
+    http_status = 503
+    exit_code = 69
+
+
+class WorkerFailed(VlmchatError):
+    """Workers failed one after the other over the same request."""
+
+    code = "worker_failed"
+    http_status = 502
+    exit_code = 69
 
 
 class NetworkError(VlmchatError):

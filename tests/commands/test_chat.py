@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.fakes import ScriptedBackend
 from vlmchat.config import ModelConfig
 from vlmchat.engine.engine import Engine
 from vlmchat.errors import OutOfMemory
-from vlmchat.request import SamplingParams
+from vlmchat.request import Grammar, SamplingParams
 
 
 def test_chat_prints_the_answer_only_when_stdout_is_no_terminal(cli: Cli, png: str) -> None:
@@ -162,3 +163,22 @@ def test_chat_renders_markdown_into_a_pipe_when_colours_are_forced(
     cli.backend.answers = ["a **b**", "a **b**"]
     assert "\x1b[1m" in cli("chat", "-p", "x").out
     assert cli("chat", "-p", "x", "--no-markdown").out == "a **b**\n"
+
+
+def test_chat_asks_for_the_form_that_a_schema_says(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('{"type": "object"}')
+    cli("chat", "-p", "x", "--schema", str(tmp_path / "s.json"))
+    cli("chat", "-p", "x", "--json-object")
+    forms = [params.grammar for params in cli.backend.params]
+    assert forms == [Grammar("json_schema", '{"type": "object"}'), Grammar("json_object", "")]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_chat_refuses_a_schema_that_is_none_before_a_model_is_loaded(
+    cli: Cli, tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "s.json").write_text(content)
+    run = cli("chat", "-p", "x", "--schema", str(tmp_path / "s.json"))
+    assert (run.code, cli.loaded) == (2, [])
+    assert "--schema" in run.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from tests.tiny import make_tokenizer
 from vlmchat.engine.detokenizer import Detokenizer
@@ -52,3 +52,13 @@ def test_detokenizer_gives_back_what_only_looked_like_a_stop_string() -> None:
     pieces, stopped = run(TOKENIZER.encode("one ##", add_special_tokens=False), ("###",))
     assert not stopped
     assert "".join(pieces) == "one ##"
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_detokenizer_goes_on_behind_a_beginning(begun: str, rest: str) -> None:
+    before = TOKENIZER.encode(f"x{begun}", add_special_tokens=False)
+    both = TOKENIZER.encode(f"x{begun}{rest}", add_special_tokens=False)
+    assume(both[: len(before)] == before)
+    detokenizer = Detokenizer(TOKENIZER, after=tuple(before))
+    pieces = [detokenizer.add(token)[0] for token in both[len(before) :]]
+    assert "".join(pieces) + detokenizer.flush() == rest

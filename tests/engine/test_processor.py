@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 from tests.engine.reference import Reference
 from tests.pictures import noise_image
 from tests.tiny import make_tiny_llava
-from vlmchat.conversation import Conversation
+from vlmchat.conversation import Conversation, Message
 from vlmchat.engine.processor import Processor
 from vlmchat.engine.spec import read_spec
 from vlmchat.errors import InvalidRequest, UnsupportedModel, VlmchatError
@@ -141,3 +142,22 @@ def test_count_processes_no_picture_twice_however_many_there_are(
 
 def test_count_of_an_empty_conversation_is_zero(processor: Processor) -> None:
     assert processor.count(Conversation()).tokens == 0
+
+
+def test_prompt_that_comes_rendered_has_the_same_ids(processor: Processor) -> None:
+    conversation = ONE_TURN.ask("and this", (B,))
+    written = processor.render(conversation)
+    rendered = Conversation(pending=Message("user", "", (A, B)), rendered=written)
+    assert processor.encode(rendered).match_ids == processor.encode(conversation).match_ids
+
+
+def test_prompt_that_comes_rendered_must_place_its_pictures(processor: Processor) -> None:
+    rendered = Conversation(pending=Message("user", "", (A,)), rendered="no place")
+    with pytest.raises(InvalidRequest, match="0 places for pictures"):
+        processor.encode(rendered)
+
+
+def test_begun_answer_follows_the_prompt(processor: Processor) -> None:
+    conversation = Conversation().ask("what", (A,))
+    begun = replace(conversation, begun=" a red</s>")
+    assert processor.render(begun) == processor.render(conversation) + " a red< /s>"

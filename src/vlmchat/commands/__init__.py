@@ -18,10 +18,13 @@ from vlmchat.commands.batch import batch
 from vlmchat.commands.bench import bench
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
+from vlmchat.commands.controller import controller
 from vlmchat.commands.exit import end_on_signals, reporting
 from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
+from vlmchat.commands.status import status
 from vlmchat.commands.threads import cpu_quota, settle
+from vlmchat.commands.worker import worker
 
 app = typer.Typer(
     name="vlmchat",
@@ -31,6 +34,9 @@ app = typer.Typer(
 app.command("chat", cls=GroupedCommand)(grouped(chat))
 app.command("batch", cls=GroupedCommand)(grouped(batch))
 app.command("bench", cls=GroupedCommand)(grouped(bench))
+app.command("worker", cls=GroupedCommand)(grouped(worker))
+app.command("controller", cls=GroupedCommand)(grouped(controller))
+app.command("status")(status)
 app.command("config")(config)
 app.add_typer(models, name="models")
 

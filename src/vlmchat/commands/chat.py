@@ -24,6 +24,7 @@ from vlmchat.commands.options import (
     ChatOptions,
     EngineOptions,
     FileOptions,
+    FormOptions,
     ImageOptions,
     ModelOptions,
     OutputOptions,
@@ -52,6 +53,7 @@ def chat(
     model: ModelOptions,
     engine_options: EngineOptions,
     sampling: SamplingOptions,
+    form: FormOptions,
     images: ImageOptions,
     output: OutputOptions,
     server: ServerOptions,
@@ -66,7 +68,7 @@ def chat(
         if sampling.logprobs is not None and not output.as_json:
             raise ConfigError("--logprobs goes with --json")
         questions = read_questions(asked, output)
-        params, config = sampling.build(), model.build()
+        params, config = replace(sampling.build(), grammar=form.build()), model.build()
         limits = engine_options.build(params.max_new_tokens)
         from rich.console import Console
 

@@ -7,6 +7,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from copy import copy
@@ -31,7 +32,7 @@ from vlmchat.config import (
     sampling_params,
 )
 from vlmchat.errors import ConfigError
-from vlmchat.request import SamplingParams
+from vlmchat.request import Grammar, SamplingParams
 
 POLICY = ImagePolicy()
 ENGINE = EngineConfig()
@@ -486,3 +487,154 @@ class ServerOptions:
             help="How long the server may be silent.",
         ),
     ] = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOptions:
+    """Who may come in to a server."""
+
+    panel: ClassVar = "Access"
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = (
+        "127.0.0.1"
+    )
+    api_keys: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            help="A key that opens the server; repeatable; without one it is open.",
+        ),
+    ] = ()
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="More keys, one per line."),
+    ] = None
+    registration_key: Annotated[
+        str | None,
+        typer.Option(
+            "--registration-key",
+            metavar="KEY",
+            help="The key by which workers and their controller know each other.",
+        ),
+    ] = None
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys for clients. Raises ConfigError when a key is empty or the file unreadable."""
+        if self.api_key_file is None:
+            keys = self.api_keys
+        else:
+            try:
+                lines = self.api_key_file.read_text("utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"cannot read {self.api_key_file}: {reason}") from None
+            keys = (*self.api_keys, *(line.strip() for line in lines if line.strip()))
+            if not keys:
+                raise ConfigError(f"--api-key-file {self.api_key_file} holds no key")
+        if not all(key.strip() for key in (*keys, self.registration_key or "x")):
+            raise ConfigError("--api-key or --registration-key is empty; give a key")
+        return keys
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerOptions:
+    """How the controller treats its workers."""
+
+    panel: ClassVar = "Controller"
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any free one.")
+    ] = 21001
+    dispatch_method: Annotated[
+        Literal["lottery", "shortest_queue", "cache_aware"],
+        typer.Option("--dispatch-method", help="Which worker gets a request."),
+    ] = "shortest_queue"
+    cache_margin: Annotated[
+        int,
+        typer.Option(
+            "--cache-margin",
+            metavar="REQUESTS",
+            min=0,
+            help="For cache_aware: how much longer than the shortest a queue may be.",
+        ),
+    ] = 4
+    allow_worker: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--allow-worker",
+            metavar="ADDRESS",
+            help="Where workers may be: an address, a network, a host's name or '*'; repeatable.",
+            show_default="loopback only",
+        ),
+    ] = ()
+    worker_patience: Annotated[
+        float,
+        typer.Option(
+            "--worker-patience",
+            metavar="SECONDS",
+            min=0,
+            help="How long a request waits for a worker when there is none.",
+        ),
+    ] = 20.0
+    token_timeout: Annotated[
+        float,
+        typer.Option(
+            "--token-timeout",
+            metavar="SECONDS",
+            min=0.1,
+            help="A worker without a new token for so long is taken for dead.",
+        ),
+    ] = 60.0
+    first_token_timeout: Annotated[
+        float,
+        typer.Option(
+            "--first-token-timeout",
+            metavar="SECONDS",
+            min=0.1,
+            help="The same before the first token: waiting and reading the prompt.",
+        ),
+    ] = 600.0
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            "--drain-timeout",
+            metavar="SECONDS",
+            min=0,
+            help="At the end, how long to wait for answers under way.",
+        ),
+    ] = 30.0
+    as_json: Annotated[
+        bool, typer.Option("--json/--no-json", help="Say in JSON that the server is ready.")
+    ] = False
+    debug: Annotated[bool, typer.Option("--debug/--no-debug", help="Show where errors arose.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FormOptions:
+    """What form answers must have."""
+
+    panel: ClassVar = "Answers"
+    schema: Annotated[
+        Path | None,
+        typer.Option("--schema", metavar="FILE", help="Answer in JSON that follows this schema."),
+    ] = None
+    json_object: Annotated[
+        bool, typer.Option("--json-object/--no-json-object", help="Answer with a JSON object.")
+    ] = False
+
+    def build(self) -> Grammar | None:
+        """The grammar asked for. Raises ConfigError for a file that holds no schema."""
+        if self.schema is None:
+            return Grammar("json_object", "") if self.json_object else None
+        if self.json_object:
+            raise ConfigError("--schema and --json-object are both given; choose one")
+        try:
+            text = self.schema.read_text("utf-8")
+            schema = json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"not JSON ({error})"
+            raise ConfigError(f"--schema {self.schema} cannot be read: {reason}") from None
+        if not isinstance(schema, dict):
+            raise ConfigError(f"--schema {self.schema} holds no schema: it is not an object")
+        return Grammar("json_schema", text)

@@ -71,6 +71,7 @@ def begin(
     if saved is None:
         return ChatSession(backend, params, Conversation(system=system or ""))
     changed = {name: getattr(params, name) for name in SAMPLING if name in given}
+    changed["grammar"] = params.grammar  # of this run, not of the session
     session = resume(saved, backend, replace(saved.params, **changed))
     if system is not None and "system" in given:
         session.set_system(system)

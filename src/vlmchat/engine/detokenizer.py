@@ -18,15 +18,22 @@ WINDOW = 128
 class Detokenizer:
     """The text of one answer: all that `add` and `flush` give, leading blanks removed."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
-        """tokenizer: a fast transformers tokenizer.  stop: strings that end the answer."""
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...] = (), after: tuple[int, ...] = ()
+    ) -> None:
+        """tokenizer: a fast transformers tokenizer.  stop: strings that end the answer.
+
+        after: where the answer goes on from a beginning, the last tokens of that; a blank that
+        comes first is then part of the answer.
+        """
         self._tokenizer = tokenizer
         self._stop = stop
-        self._ids: list[int] = []
-        self._start = self._read = 0  # ids[start:read] is decoded and given out, behind it nothing
-        self._decoded = ""  # everything that was given out
+        self._ids = list(after)
+        self._start = 0
+        self._read = len(after)  # ids[start:read] is decoded and given out, behind it nothing
+        self._decoded = self._decode(self._ids) if after else ""  # everything that was given out
         self._held = ""  # given, not yet emitted
-        self._emitted_any = False
+        self._emitted_any = bool(after)
 
     def add(self, token: int) -> tuple[str, bool]:
         """Text that is now certain, and whether a stop string was met (which is not part of it)."""

@@ -40,6 +40,9 @@ _NOT_A_NUMBER = (
 )
 
 
+TOKENS_BEFORE = 8  # of an answer's given beginning: enough to tell how the next one is written
+
+
 class EngineStream:
     """One answer on its way out of the engine. Once nobody holds it any more, it is cancelled."""
 
@@ -137,11 +140,13 @@ class Engine:
         Raises OutOfMemory when the keys and values of not one sequence fit, and ConfigError.
         """
         from vlmchat.engine.capacity import make_runner
+        from vlmchat.engine.grammar import Grammars
         from vlmchat.engine.processor import Processor
         from vlmchat.engine.sampler import Sampler
         from vlmchat.engine.vision import VisionCache
 
-        vision = VisionCache(loaded.model, limits.image_cache)
+        spec, vision = loaded.spec, VisionCache(loaded.model, limits.image_cache)
+        grammars = Grammars(loaded.processor.tokenizer, spec.eos_token_ids)
         runner, slots, name = make_runner(loaded, vision, config, limits)
         fewer = slots.count < (limits.max_num_seqs or 1)
         asked = f"; {limits.max_num_seqs} were asked for, more do not fit" if fewer else ""
@@ -149,9 +154,9 @@ class Engine:
         details = (*loaded.status.details, ("runner", name), ("slots", f"{slots}{asked}"))
         return cls(
             runner,
-            Processor(loaded.processor, loaded.spec, loaded.template),
-            Sampler(loaded.spec.repetition_penalty, vocab_size=loaded.spec.vocab_size),
-            loaded.spec.eos_token_ids,
+            Processor(loaded.processor, spec, loaded.template),
+            Sampler(spec.repetition_penalty, spec.vocab_size, grammars),
+            spec.eos_token_ids,
             replace(loaded.status, details=details),
             slots.count,
             vision=vision,
@@ -165,7 +170,8 @@ class Engine:
         if len(prompt.ids) > limit:
             raise PromptTooLong(len(prompt.ids), limit, prompt.num_image_tokens)
         stop = params.stop + self._processor.stop
-        detokenizer = Detokenizer(self._processor.tokenizer, stop)
+        begun = prompt.ids[-TOKENS_BEFORE:] if conversation.begun else ()
+        detokenizer = Detokenizer(self._processor.tokenizer, stop, begun)
         # The sequence knows the queue, not the stream: only the caller holds that.
         items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
         sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, items.put)

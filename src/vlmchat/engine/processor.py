@@ -98,6 +98,8 @@ class Processor:
         Raises InvalidRequest where the chat template refuses the conversation, and
         UnsupportedModel where it does not place its pictures.
         """
+        if conversation.rendered:
+            return self._as_written(conversation)
         messages = [self._template_message(message) for message in conversation.messages()]
         if not messages:
             return ""
@@ -117,6 +119,17 @@ class Processor:
             raise UnsupportedModel(
                 f"the model's chat template shows {placed} of {len(conversation.images)} pictures; "
                 "--conv-mode takes another template"
+            )
+        return text + self._plain(conversation.begun)
+
+    def _as_written(self, conversation: Conversation) -> str:
+        """A prompt that came rendered: special tokens in it are meant, `<image>` is a picture."""
+        text = conversation.rendered.encode("utf-8", "replace").decode()
+        text = text.replace(IMAGE_MARKER, self._marker)
+        if (placed := text.count(self._marker)) != len(conversation.images):
+            raise InvalidRequest(
+                f"the prompt has {placed} places for pictures ({IMAGE_MARKER}), "
+                f"{len(conversation.images)} came with it"
             )
         return text
 

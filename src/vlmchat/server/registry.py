@@ -1,0 +1,256 @@
+"""The controller's memory: which workers there are, what they run, how long their queues are.
+
+Called by the controller from its one event loop. Plain Python: no I/O; clock and choice are handed
+in. What it takes in has been checked by then: a registration by a look at the worker itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeGuard
+
+from vlmchat.errors import InvalidRequest
+from vlmchat.server.dispatch import Choose
+
+HEART_BEAT_S = 15.0  # LLaVA's worker beats so often
+EXPIRY_S = 30.0  # LLaVA's controller: older beats are a dead worker's
+_KEPT_PREFIXES = 4096  # of each worker: some 400 kB
+_KNOWN_FOR_S = 600.0  # a model without workers is waited for, not denied, for so long
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker says of itself: LLaVA's three fields, and `ours` where it is one of ours."""
+
+    models: tuple[str, ...]
+    speed: float
+    queue_length: int
+    ours: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, body: Any) -> WorkerStatus:
+        """From JSON. Raises InvalidRequest, naming the field that is wrong."""
+        if not isinstance(body, Mapping):
+            raise InvalidRequest("worker_status is not an object")
+        names, speed, queue = (body.get(k) for k in ("model_names", "speed", "queue_length"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InvalidRequest("worker_status.model_names is not a list of names")
+        if not _is_count(speed) or not _is_count(queue):
+            raise InvalidRequest("worker_status.speed and .queue_length are not numbers from 0 on")
+        ours = body.get("vlmchat")
+        known = ours if isinstance(ours, Mapping) else {}
+        return cls(tuple(dict.fromkeys(names)), speed, int(queue), known)
+
+
+def _is_count(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker. Its queue is the leases held here and what others have sent it.
+
+    epoch: grows each time it registers or recovers; a request avoids one that failed it by name
+    and epoch. others: requests at its last beat beyond those leased here then.
+    """
+
+    name: str
+    status: WorkerStatus
+    check_heart_beat: bool
+    last_beat: float
+    epoch: int = 0
+    others: int = 0
+    leases: int = 0
+    healthy: bool = True
+    trouble: str = ""
+    last_token: float = float("-inf")
+    prefixes: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    @property
+    def speed(self) -> float:
+        """As it says itself."""
+        return self.status.speed
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that it runs or that wait there."""
+        return self.leases + self.others
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it speaks the OpenAI wire with our extensions."""
+        return bool(self.status.ours.get("openai"))
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it can go on from tokens that another worker drew."""
+        return self.is_ours and self.status.ours.get("resume") is not False
+
+    def known(self, prefixes: Sequence[str]) -> int:
+        """See `dispatch.Candidate.known`."""
+        return next((n for n in range(len(prefixes), 0, -1) if prefixes[n - 1] in self.prefixes), 0)
+
+    def note_prefixes(self, prefixes: Collection[str]) -> None:
+        """Remember that prompts beginning so lie there; the oldest are forgotten."""
+        for prefix in prefixes:
+            self.prefixes[prefix] = None
+            self.prefixes.move_to_end(prefix)
+        while len(self.prefixes) > _KEPT_PREFIXES:
+            self.prefixes.popitem(last=False)
+
+    def fail(self, trouble: str) -> None:
+        """No more requests until `recover` or a new registration."""
+        self.healthy, self.trouble = False, trouble
+
+    def recover(self) -> None:
+        """It has answered again."""
+        if not self.healthy:
+            self.healthy, self.trouble, self.epoch = True, "", self.epoch + 1
+
+    def report(self, queue_length: int, now: float) -> None:
+        """A beat: its own count, of which the leases held here are known better."""
+        self.last_beat = now
+        self.others = max(0, queue_length - self.leases)
+
+
+class Lease:
+    """One request's place at a worker, until it is returned. A context manager."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._held = True
+        worker.leases += 1
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Once; more often has no effect."""
+        if self._held:
+            self._held = False
+            self.worker.leases -= 1
+
+
+class Registry:
+    """All workers, by name, in order of registration."""
+
+    def __init__(
+        self, choose: Choose[Worker], clock: Callable[[], float], expiry_s: float = EXPIRY_S
+    ) -> None:
+        self._choose = choose
+        self._clock = clock
+        self._expiry_s = expiry_s
+        self._workers: dict[str, Worker] = {}
+        self._seen: dict[str, float] = {}  # model -> when a worker had it last
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """In order of registration."""
+        return tuple(self._workers.values())
+
+    def models(self) -> list[str]:
+        """Names of all models, each once, in order of registration."""
+        return list(dict.fromkeys(n for w in self._workers.values() for n in w.status.models))
+
+    def register(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> Worker:
+        """Take a worker in, or anew: its queue and its beat are what it says now."""
+        now = self._clock()
+        worker = self._workers.get(name)
+        if worker is None:
+            worker = self._workers[name] = Worker(name, status, check_heart_beat, now)
+        else:
+            if worker.status.ours.get("instance") != status.ours.get("instance"):
+                worker.prefixes.clear()  # a new process remembers nothing
+            worker.healthy, worker.trouble, worker.epoch = True, "", worker.epoch + 1
+            worker.status, worker.check_heart_beat = status, check_heart_beat
+        worker.report(status.queue_length, now)
+        self._note(worker, status.ours)
+        return worker
+
+    def beat(self, name: str, queue_length: int, ours: Mapping[str, Any] | None = None) -> bool:
+        """A heart beat; False: it is not known and must register again."""
+        worker = self._workers.get(name)
+        if worker is None:
+            return False
+        worker.report(queue_length, self._clock())
+        if ours:
+            status = worker.status
+            merged = {**status.ours, **ours}
+            worker.status = WorkerStatus(status.models, status.speed, queue_length, merged)
+        self._note(worker, ours or {})
+        return True
+
+    def _note(self, worker: Worker, ours: Mapping[str, Any]) -> None:
+        self._seen.update(dict.fromkeys(worker.status.models, self._clock()))
+        prefixes = ours.get("prefixes")
+        if isinstance(prefixes, list):
+            worker.note_prefixes([prefix for prefix in prefixes if isinstance(prefix, str)][:64])
+
+    def remove(self, name: str) -> None:
+        """Forget a worker."""
+        self._workers.pop(name, None)
+
+    def expire(self) -> list[Worker]:
+        """Forget, and return, workers whose beat is checked and is too old."""
+        oldest = self._clock() - self._expiry_s
+        dead = [w for w in self.workers if w.check_heart_beat and w.last_beat < oldest]
+        for worker in dead:
+            self.remove(worker.name)
+        return dead
+
+    def serving(self, model: str) -> list[Worker]:
+        """All workers that have the model, also those that are not well."""
+        return [worker for worker in self.workers if model in worker.status.models]
+
+    def knows(self, model: str) -> bool:
+        """Whether a worker has the model now, or had it a short while ago."""
+        return self._seen.get(model, float("-inf")) > self._clock() - _KNOWN_FOR_S
+
+    def address(self, model: str) -> str:
+        """Where a client may go by itself; "" when nowhere.
+
+        As its end will not be told here, the request counts until the worker's next beat.
+        """
+        worker = self._pick(model, (), frozenset(), lambda worker: True)
+        if worker is None:
+            return ""
+        worker.others += 1
+        return worker.name
+
+    def lease(
+        self,
+        model: str,
+        prefixes: Sequence[str] = (),
+        avoid: Collection[tuple[str, int]] = frozenset(),
+        fits: Callable[[Worker], bool] = lambda worker: True,
+    ) -> Lease | None:
+        """A place at a worker that has the model; None when there is none.
+
+        avoid: workers as (name, epoch). fits: whether a worker speaks what the request needs.
+        """
+        worker = self._pick(model, prefixes, avoid, fits)
+        if worker is None:
+            return None
+        worker.note_prefixes(prefixes)
+        return Lease(worker)
+
+    def _pick(
+        self,
+        model: str,
+        prefixes: Sequence[str],
+        avoid: Collection[tuple[str, int]],
+        fits: Callable[[Worker], bool],
+    ) -> Worker | None:
+        able = [w for w in self.serving(model) if w.healthy and fits(w)]
+        return self._choose([w for w in able if (w.name, w.epoch) not in avoid], prefixes)

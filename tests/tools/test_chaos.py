@@ -1,0 +1,17 @@
+"""A small run of `make chaos`: real workers on the demo model, one of them killed and restarted."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tools.chaos import Plan, run, table
+
+
+def test_chaos_leaves_every_answer_whole_and_nothing_behind(tmp_path: Path) -> None:
+    plan = Plan(workers=2, requests=12, clients=4, kill_every_s=1.5, stop=False, restart=False)
+    tally = asyncio.run(run(plan, tmp_path))
+    assert tally.wrong == []
+    assert (tally.good, tally.outcomes["whole"]) == (True, 12)
+    assert tally.kills >= 1
+    assert "| answers: whole | 12 |" in table(plan, tally)
