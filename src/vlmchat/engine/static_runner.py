@@ -110,7 +110,9 @@ class StaticRunner:
     def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """See `Runner.decode`."""
         with memory_errors(_ADVICE):
-            ids, positions, spans = [], [], []
+            ids: list[int] = []
+            positions: list[int] = []
+            spans = []
             for row in rows:
                 stop = row.start + len(row.tokens)
                 spans.append(self._span(len(ids), row.slot, row.start, stop))
@@ -119,7 +121,7 @@ class StaticRunner:
                 positions += range(row.start + delta, stop + delta)
             rotation = self._lean.rotation(self._tensor(positions))
             x = self._lean.forward(self._embedding(self._tensor(ids)), rotation, spans)
-            return list(self._logits(x).split([len(row.tokens) for row in rows]))
+            return list(torch.split(self._logits(x), [len(row.tokens) for row in rows]))
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
