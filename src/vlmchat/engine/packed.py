@@ -15,7 +15,7 @@ GROUP = 32  # weights along the input that share a scale, in 4 bits
 KERNEL_GROUPS = (32, 64, 128, 256)  # Source: torch's _weight_int4pack_mm_for_cpu
 TILE = 64  # rows that the kernel packs together, or a multiple of these
 # Up to so many rows the packed product, which unpacks for every four of them, is the faster one;
-# past that the weights are unpacked once. See docs/performance.md.
+# past that the weights are unpacked once. See docs/fidelity.md.
 _PACKED_ROWS_INT4, _PACKED_ROWS_INT8 = 56, 10
 _WEIGHTS_AT_ONCE = 2**18  # as many as stay in a core's cache while they are quantised
 _REFINEMENTS = 2

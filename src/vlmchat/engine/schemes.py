@@ -97,7 +97,7 @@ def _compressed(stored: Mapping[str, Any], name: str) -> Scheme:
     bits = {each.get("num_bits") for each in weights}
     if strange := sorted(str(each) for each in bits - {2, 4, 8}):
         raise _refusal(name, f"by compressed-tensors in {strange[0]} bits")
-    return Scheme("compressed-tensors", bits.pop() if len(bits) == 1 else 0)
+    return Scheme("compressed-tensors", int(bits.pop() or 0) if len(bits) == 1 else 0)
 
 
 def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
