@@ -103,7 +103,8 @@ class StaticRunner:
                 rotation = self._lean.grid_rotation(grid[1:, 0, start:stop])
             else:
                 rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
-            x = self._lean.forward(x, rotation, [self._span(0, slot, start, stop)], added)
+            spans = [self._span(0, slot, start, stop)]
+            x = self._lean.forward(x, rotation, spans, added, only_last=True)
             return self._logits(x[-1:])[0] if stop == len(prompt.ids) else None
 
     @torch.inference_mode()
