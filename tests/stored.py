@@ -19,9 +19,10 @@ def words(levels: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """int32 words, the first number in the lowest bits, along `dim`."""
     levels = levels.long().movedim(dim, -1)
     fill = -levels.shape[-1] % (32 // bits)
-    parts = torch.nn.functional.pad(levels, (0, fill)).unflatten(-1, (-1, 32 // bits))
-    packed = (parts << torch.arange(0, 32, bits)).sum(dim=-1)
-    return packed.to(torch.int64).view(torch.int32)[..., ::2].movedim(-1, dim).contiguous()
+    padded = torch.nn.functional.pad(levels, (0, fill))
+    parts = padded.reshape(len(padded), -1, 32 // bits)
+    packed: torch.Tensor = (parts << torch.arange(0, 32, bits)).sum(dim=-1)
+    return packed.view(torch.int32)[..., ::2].movedim(-1, dim).contiguous()
 
 
 def levels_of(
@@ -90,7 +91,7 @@ def awq(weight: torch.Tensor) -> Written:
     levels, scales, zeros = levels_of(weight, 4, groups, symmetric=False)
 
     def interleaved(columns: torch.Tensor) -> torch.Tensor:
-        return words(columns.unflatten(1, (-1, 8))[..., order].flatten(1), 4, 1)
+        return words(columns.reshape(len(columns), -1, 8)[..., order].flatten(1), 4, 1)
 
     tensors = {
         "qweight": interleaved(levels.T),
@@ -135,7 +136,7 @@ def float8(weight: torch.Tensor) -> Written:
 
 def blocks(weight: torch.Tensor) -> Written:
     """transformers' fine-grained float8: a scale for each block of 32 x 32."""
-    tiles = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+    tiles = weight.reshape(len(weight) // 32, 32, -1, 32)
     scales = tiles.abs().amax(dim=(1, 3)) / 448
     wide = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
     stored = (weight / wide).to(torch.float8_e4m3fn)

@@ -257,7 +257,8 @@ def _unpacked(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """uint8 numbers out of int32 words [rows, columns], the lowest bits first, along `dim`."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     apart = words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (1 - dim))
-    return (apart & (2**bits - 1)).to(torch.uint8).flatten(dim, dim + 1)
+    numbers: torch.Tensor = (apart & (2**bits - 1)).to(torch.uint8)
+    return numbers.flatten(dim, dim + 1)
 
 
 def _groups(num_inputs: int, num_groups: int, size: int = 0) -> torch.Tensor:
@@ -285,8 +286,8 @@ def _awq(parts: Parts, scheme: Scheme) -> Groupwise:
     """qweight: [in, out / 8]; qzeros: [groups, out / 8]; scales: [groups, out]."""
     place = torch.tensor(_AWQ_ORDER).argsort()
     levels, zeros = (
-        _unpacked(parts[name], 4, 1).unflatten(1, (-1, 8))[..., place].flatten(1).T
-        for name in ("qweight", "qzeros")
+        unpacked.view(len(unpacked), -1, 8)[..., place].flatten(1).T
+        for unpacked in (_unpacked(parts[name], 4, 1) for name in ("qweight", "qzeros"))
     )
     scales = parts["scales"].float().T
     groups = _groups(levels.shape[1], scales.shape[1], scheme.group_size)

@@ -42,8 +42,10 @@ _SIGNS_OF_DAMAGE: tuple[type[Exception], ...] = (
     *(RuntimeError, MemoryError, struct.error, zlib.error),
 )
 # Beside the weights of layers that are stored quantised.
-_BESIDE = ("qzeros", "scales", "g_idx", "SCB", "weight_format", "input_scale", "weight_scale_inv")
-_BESIDE += ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_BESIDE = (
+    *("qzeros", "scales", "g_idx", "SCB", "weight_format", "input_scale", "weight_scale_inv"),
+    *("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+)
 _MAX_HEADER_BYTES = 100_000_000  # Source: the safetensors format
 
 
