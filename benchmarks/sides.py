@@ -265,9 +265,10 @@ def transformers_serve(cache: Path, model: Path) -> Side:
 def vllm(cache: Path, model: Path) -> Side:
     """vLLM's CPU build in its own process."""
     programs = environment(cache, "vllm")
+    module = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
     limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "16"]
     server = Server(
-        [str(programs / "vllm"), "serve", str(model), *limits],
+        [*module, "--model", str(model), *limits],
         str(model),
         cache / "vllm.log",
         {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},

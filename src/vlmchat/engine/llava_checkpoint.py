@@ -33,6 +33,7 @@ from vlmchat.engine.llava_weights import (
 )
 from vlmchat.engine.lora import Lora
 from vlmchat.engine.schemes import read_scheme
+from vlmchat.engine.spare import on_meta
 from vlmchat.engine.tensors import model_files
 from vlmchat.errors import CheckpointError, ConfigError
 
@@ -89,7 +90,7 @@ def _opened(
     tokenizer.add_tokens(tokens.added)
     rows = len(tokenizer)
     scheme = read_scheme(read_config(source.directory), name)
-    with torch.device("meta"):
+    with on_meta():
         model = OriginalLlava(translate(config, vision, pictures, rows), pictures)
     parts = Parts(
         source.files,
