@@ -168,12 +168,20 @@ def _gptq_config(**more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False} | more
 
 
-def _compressed_config(form: str, bits: int, kind: str = "int") -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind, "strategy": "group", "group_size": GROUP}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+def _compressed_config(form: str, bits: int, **more: Any) -> dict[str, Any]:
+    """more: settings of the weights in place of those of symmetric groups."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group"}
+    weights |= {"group_size": GROUP} | more
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": form,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*lm_head", "re:.*vision.*", "re:.*projector.*"],
+    }
 
 
+_ROWS = {"strategy": "channel", "group_size": None}
 _AWQ = {
     "quant_method": "awq",
     "bits": 4,
@@ -200,17 +208,17 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Written], str]] =
     "awq": (_AWQ, awq, "Int4Linear"),
     "packed": (_compressed_config("pack-quantized", 4), packed, "Int4Linear"),
     "packed-asymmetric": (
-        _compressed_config("pack-quantized", 4),
+        _compressed_config("pack-quantized", 4, symmetric=False),
         lambda w: packed(w, symmetric=False),
         "Int4Linear",
     ),
     "packed-act-order": (
-        _compressed_config("pack-quantized", 4),
+        _compressed_config("pack-quantized", 4, actorder="group"),
         lambda w: packed(w, act_order=True),
         "Int4Linear",
     ),
-    "whole-numbers": (_compressed_config("int-quantized", 8), whole_numbers, "Int8Linear"),
-    "float8": (_compressed_config("float-quantized", 8, "float"), float8, "Linear"),
+    "whole-numbers": (_compressed_config("int-quantized", 8, **_ROWS), whole_numbers, "Int8Linear"),
+    "float8": (_compressed_config("float-quantized", 8, type="float", **_ROWS), float8, "Linear"),
     "blocks": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, blocks, "Linear"),
     "bnb-nf4": (_BNB, bnb_4bit, "Linear4bit"),
     "bnb-fp4": (_BNB, lambda w: bnb_4bit(w, nested=False, kind="fp4"), "Linear4bit"),
