@@ -82,7 +82,7 @@ class Scored:
         from vlmchat.engine.runner import Row
 
         prompt = self.processor.encode(conversation)
-        rows = [self.runner.prefill(0, prompt, 0, len(prompt.ids))]
+        rows: list[Any] = [self.runner.prefill(0, prompt, 0, len(prompt.ids))]
         while len(rows) < (len(answer) if answer else NEW_TOKENS):
             token = answer[len(rows) - 1] if answer else int(rows[-1].argmax())
             if not answer and token in self.eos:

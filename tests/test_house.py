@@ -29,8 +29,8 @@ VALUES = ("errors", "conversation", "request", "config")
 TORCH_ROOMS = (
     *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
-    *("machine", "random_model", "capacity"),
-    *("packed", "fused",),
+    *("machine", "random_model", "spare", "capacity"),
+    *("packed", "fused", "prequantized"),
     *("kv_cache", "lean", "static_runner"),
     "grammar",
 )

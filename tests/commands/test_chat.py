@@ -78,6 +78,9 @@ def test_chat_reads_a_picture_from_stdin(cli: Cli, png: str) -> None:
         pytest.param([], None, 2, "needs a terminal", id="chat-into-a-pipe"),
         pytest.param(["--session", "a", "--continue"], b"x", 2, "choose one", id="two-sessions"),
         pytest.param(["--load-4bit", "--load-8bit", "-p", "x"], None, 2, "choose", id="4-and-8"),
+        pytest.param(
+            ["--load-4bit", "--quantization", "int8", "-p", "x"], None, 2, "choose", id="4-and-int8"
+        ),
         pytest.param(["--temperature", "-1", "-p", "x"], None, 2, "--temperature", id="range"),
         pytest.param(["--device", "gpu", "-p", "x"], None, 2, "'gpu' is none of", id="device"),
         pytest.param(["--max-new-tokens", "4096", "-p", "x"], None, 2, "no room", id="no-room"),

@@ -163,14 +163,14 @@ def test_models_show_says_where_the_model_fits(
     assert shown["memory"]["float32"] == {"bytes": 688512, "fits": fits}
     text = cli("models", "show", str(tiny)).out
     assert "float32       689 kB of memory, fits on cuda:0\n" in text
-    assert "4bit          224 kB of memory, fits on cuda:0, cpu\n" in text
+    assert "4bit          233 kB of memory, fits on cuda:0, cpu\n" in text
 
 
 def test_models_show_says_that_the_model_fits_nowhere(
     cli: Cli, tiny: Path, memory: Callable[[int, str], None]
 ) -> None:
     memory(1000, "No devices were found\\n")
-    assert "4bit          224 kB of memory, does not fit\n" in cli("models", "show", str(tiny)).out
+    assert "4bit          233 kB of memory, does not fit\n" in cli("models", "show", str(tiny)).out
 
 
 def test_models_show_reads_the_original_layout_without_its_tower(cli: Cli, tmp_path: Path) -> None:

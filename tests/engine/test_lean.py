@@ -14,9 +14,10 @@ from vlmchat.engine.kv_cache import KVCache, KVShape, QuantizedKVCache
 from vlmchat.engine.lean import LeanModel, Span, attend, rotate_
 
 CONTEXT = 96
+HIDDEN = 48
 SIZES = {
     "vocab_size": 50,
-    "hidden_size": 48,
+    "hidden_size": HIDDEN,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
@@ -85,7 +86,7 @@ class Lean:
 @torch.inference_mode()
 def test_lean_equals_the_models_own_forward_whole_in_parts_and_token_by_token(name: str) -> None:
     model = make(name)
-    x = torch.randn(80, SIZES["hidden_size"])
+    x = torch.randn(80, HIDDEN)
     expected = model(inputs_embeds=x[None]).last_hidden_state[0]
     lean = Lean(model)
     torch.testing.assert_close(lean.run(x, 0), expected, rtol=1e-4, atol=1e-4)
@@ -97,7 +98,7 @@ def test_lean_equals_the_models_own_forward_whole_in_parts_and_token_by_token(na
 @torch.inference_mode()
 def test_lean_joins_weights_without_a_second_copy_and_leaves_the_model_whole() -> None:
     model = make("biases")
-    x = torch.randn(1, 9, SIZES["hidden_size"])
+    x = torch.randn(1, 9, HIDDEN)
     before = model(inputs_embeds=x).last_hidden_state
     lean = LeanModel(model, CONTEXT)
     attention, qkv = model.layers[0].self_attn, lean._layers[0].qkv

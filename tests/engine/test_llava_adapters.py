@@ -134,7 +134,7 @@ def test_lora_loads_quantised(tmp_path: Path, quantization: str) -> None:
     options = {"base": str(tmp_path / "base"), "quantization": quantization}
     loaded = load(made.directory, **options)
     rough, exact = first_logits(loaded), expected_logits(made, loaded)
-    assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.7
+    assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.6
 
 
 def test_template_is_told_by_the_tokenizer_of_the_base(tmp_path: Path) -> None:

@@ -131,6 +131,9 @@ def _run(
     from vlmchat.commands.chat import showing_stages
 
     with showing_stages(err, debug=asked.debug) as show:
+        from vlmchat.engine.spare import spare_imports
+
+        spare_imports()
         from vlmchat.engine.engine import Engine
         from vlmchat.engine.loader import load_model
         from vlmchat.engine.machine import measure_machine, work_of

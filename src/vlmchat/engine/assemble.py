@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmchat.engine.tensors import NamedTensor
+from vlmchat.engine.prequantized import NamedWeight, StoredWeight, plain
+from vlmchat.engine.quantize import in_place_of, quantized
+from vlmchat.engine.schemes import Scheme
 from vlmchat.errors import CheckpointError
 
 # Left in files by older versions of transformers; computed from the config today.
@@ -24,11 +26,20 @@ COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids)$"
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What weights become: their device, their dtype, and a kind of `quantize.KINDS` or None."""
+    """What weights become: their device, their dtype, and a kind of `quantize.KINDS` or None.
+
+    kept: the kind that most are stored as, and stay where `quantization` is None.
+    """
 
     device: torch.device
     dtype: torch.dtype
     quantization: str | None = None
+    kept: str | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of the language model's linear layers; None where they are plain."""
+        return self.quantization or self.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +48,16 @@ class Opened:
 
     model: on the meta device.  tensors: by the model's names.  context_limit: besides the
     config's, where the checkpoint has one.  tokenizer_directory: where it is not the checkpoint's.
+    scheme: how its weights are stored quantised, if they are.
     """
 
     model: Any
-    tensors: Iterable[NamedTensor]
+    tensors: Iterable[NamedWeight]
     processor: Any
     generation_config: Any
     context_limit: int | None = None
     tokenizer_directory: Path | None = None
+    scheme: Scheme | None = None
 
 
 @dataclass(slots=True)
@@ -58,7 +71,7 @@ class _Found:
 
 def assemble(
     model: Any,
-    tensors: Iterable[NamedTensor],
+    tensors: Iterable[NamedWeight],
     precision: Precision,
     source: str,
     arrived: Callable[[int], None] = lambda number: None,
@@ -70,7 +83,7 @@ def assemble(
     Raises CheckpointError that names tensors which are missing, unexpected or misshapen.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    shrinking = _quantizable(model) if precision.quantization else set()
+    shrinking = _quantizable(model)
     found = _Found()
     for name, tensor in tensors:
         if name not in shapes:
@@ -91,15 +104,15 @@ def assemble(
     model.eval()
 
 
-def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision, *, shrink: bool) -> None:
+def _place(
+    model: Any, name: str, weight: torch.Tensor | StoredWeight, to: Precision, *, shrink: bool
+) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if shrink and to.quantization:
-        from vlmchat.engine.quantize import quantized
-
-        layer = quantized(module, tensor, to.quantization, to.device, to.dtype)
+    if shrink and (layer := _quantized_layer(module, weight, to)) is not None:
         model.set_submodule(module_name, layer)
         return
+    tensor = plain(weight)
     # A copy, even where nothing changes: the file may be replaced while the model runs.
     dtype = to.dtype if tensor.is_floating_point() else tensor.dtype
     value = tensor.to(to.device, dtype, copy=True)
@@ -107,6 +120,24 @@ def _place(model: Any, name: str, tensor: torch.Tensor, to: Precision, *, shrink
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[leaf] = value
+
+
+def _quantized_layer(
+    linear: nn.Linear, weight: torch.Tensor | StoredWeight, to: Precision
+) -> nn.Module | None:
+    """What stands in place of `linear`; None where it stays a plain one.
+
+    A weight that is stored quantised keeps its numbers, unless another kind is asked for.
+    """
+    if not isinstance(weight, torch.Tensor) and to.quantization in (None, weight.kind):
+        layer = weight.layer(linear, to.device, to.dtype)
+        if layer is not None:
+            found: nn.Module = in_place_of(linear, layer, to.device)
+            return found
+    if to.quantization is None:
+        return None
+    made: nn.Module = quantized(linear, plain(weight), to.quantization, to.device, to.dtype)
+    return made
 
 
 def _quantizable(model: Any) -> set[str]:

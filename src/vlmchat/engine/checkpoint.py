@@ -38,6 +38,7 @@ from vlmchat.engine.templates import template_for_checkpoint
 from vlmchat.engine.weights import (
     HEADROOM,
     TensorHeader,
+    as_plain,
     count_weights,
     needed_bytes,
     read_header,
@@ -155,7 +156,7 @@ def inspect(directory: Path, name: str) -> Checkpoint:
     layout = layout_of(directory, config)
     tower = tower_name(config)
     tower_directory = tower_here(tower, directory) if tower else None
-    tensors = read_headers(directory)
+    tensors = as_plain(read_headers(directory), config, name)
     if tower_directory is not None and not any("vision_model" in name for name in tensors):
         own = {f"vision.{n}": t for n, t in read_headers(tower_directory).items() if "vision" in n}
         tensors |= own

@@ -122,6 +122,9 @@ class Engine:
         Raises ConfigError, ModelNotFound, NetworkError, UnsupportedModel, CheckpointError and
         OutOfMemory (before any weight is read).
         """
+        from vlmchat.engine.spare import spare_imports
+
+        spare_imports()
         from vlmchat.engine.loader import load_model
 
         loaded = load_model(config, progress, limits.answer_tokens)

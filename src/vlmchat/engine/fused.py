@@ -39,7 +39,7 @@ def fuse(layers: Sequence[nn.Module]) -> nn.Module:
     """
     kind = type(layers[0])
     if len({_form(layer) for layer in layers}) == 1:
-        if kind is nn.Linear and can_prepack(layers[0].weight):
+        if isinstance(layers[0], nn.Linear) and kind is nn.Linear and can_prepack(layers[0].weight):
             return _prepack(layers)
         if len(layers) > 1 and kind in _JOIN and _can_join(layers):
             return _JOIN[kind](layers)
@@ -103,7 +103,7 @@ _JOIN = {nn.Linear: _join_plain, Int8Linear: _join_int8, Int4Linear: _join_int4}
 def _join(layers: Sequence[Any], name: str, dim: int = 0) -> torch.Tensor:
     """The layers' tensors of that name as one, of which they get views."""
     joint = torch.cat([getattr(layer, name).detach() for layer in layers], dim=dim)
-    parts = joint.split([layer.out_features for layer in layers], dim=dim)
+    parts = torch.split(joint, [layer.out_features for layer in layers], dim=dim)
     for layer, part in zip(layers, parts, strict=True):
         own = name in layer._parameters
         setattr(layer, name, nn.Parameter(part, requires_grad=False) if own else part)

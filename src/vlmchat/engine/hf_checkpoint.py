@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,7 +18,11 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from vlmchat.engine.assemble import Opened
 from vlmchat.engine.hf_processor import read_processor
-from vlmchat.engine.tensors import model_files, read_tensors
+from vlmchat.engine.hub import read_config
+from vlmchat.engine.prequantized import read_weights
+from vlmchat.engine.schemes import read_scheme
+from vlmchat.engine.spare import on_meta
+from vlmchat.engine.tensors import model_files
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
 MAX_WORDS = 200  # of a library's message, in characters
@@ -31,7 +34,7 @@ def open_hugging_face(directory: Path) -> Opened:
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-        with torch.device("meta"):
+        with on_meta():
             model = AutoModelForImageTextToText.from_config(config)
         processor = read_processor(directory, config)
         generation_config = read_generation_config(directory, model)
@@ -39,8 +42,9 @@ def open_hugging_face(directory: Path) -> Opened:
     if not files:
         raise CheckpointError(f"{directory} has no weights as .safetensors or .bin")
     rename = _renaming(model)
-    tensors = ((rename(name), tensor) for name, tensor in read_tensors(files))
-    return Opened(model, tensors, processor, generation_config)
+    scheme = read_scheme(read_config(directory), str(directory))
+    tensors = ((rename(name), weight) for name, weight in read_weights(files, scheme))
+    return Opened(model, tensors, processor, generation_config, scheme=scheme)
 
 
 @contextmanager

@@ -94,7 +94,8 @@ class _PlainWindow:
 
     def __init__(self, data: torch.Tensor, start: int, stop: int) -> None:
         """data: [layers * 2, heads, context, head_dim]."""
-        self._new = data[:, :, start:stop].unflatten(0, (-1, 2)).unbind()
+        new = data[:, :, start:stop]
+        self._new = new.view(-1, 2, *new.shape[1:]).unbind()
         self._keys = data[::2, None, :, :stop].unbind()
         self._values = data[1::2, None, :, :stop].unbind()
 

@@ -93,21 +93,28 @@ class LeanModel:
         rotation: tuple[torch.Tensor, torch.Tensor],
         spans: Sequence[Span],
         added: Sequence[Added] = (),
+        only_last: bool = False,
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden] in float32, before the final norm.
 
+        only_last: of the one span, only the last row is wanted; the last layer computes all keys
+        and values, but may leave out the rest for other rows, and the result is then [1, hidden].
+
         The spans cover all rows, in order. Their keys and values are written. What goes from layer
-        to layer is kept in float32, which costs nothing and spares the norms their conversion.
+        to layer is kept in float32, which spares the norms a conversion.
         """
         x = x.float()
         for index, layer in enumerate(self._layers):
             heads = layer.qkv(self._normed(x, layer.attention_norm))
-            x += layer.output(self._attended(index, layer, heads, rotation, spans))
+            here = [each for each in added if index < len(each.features)]
+            ends = only_last and index == len(self._layers) - 1 and not here
+            attended = self._attended(index, layer, heads, rotation, spans, ends)
+            x = x[-1:] if ends else x
+            x += layer.output(attended)
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
             x += layer.down(self._activation(gate).mul_(up))
-            for each in added:
-                if index < len(each.features):
-                    x.index_add_(0, each.rows, each.features[index].to(x))
+            for each in here:
+                x.index_add_(0, each.rows, each.features[index].to(x))
         return x
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,8 +128,12 @@ class LeanModel:
         heads: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         spans: Sequence[Span],
+        ends: bool,
     ) -> torch.Tensor:
-        """[T, all heads * D] of queries, keys and values -> [T, query heads * D]."""
+        """[T, all heads * D] of queries, keys and values -> [T, query heads * D].
+
+        ends: the last row's alone.
+        """
         num_queries, num_kept, dim = self._num_heads, self.shape.num_heads, self.shape.head_dim
         heads = heads.view(-1, num_queries + 2 * num_kept, dim)
         rotated = heads[:, : num_queries + num_kept]
@@ -130,7 +141,7 @@ class LeanModel:
             normed = F.rms_norm(rotated, (dim,), None, self._eps)
             torch.mul(normed, layer.head_norm, out=rotated)
         rotate_(rotated, *rotation)
-        queries = heads[:, :num_queries]
+        queries = heads[-1 if ends else 0 :, :num_queries]
         new = heads[:, num_queries:].view(-1, 2, num_kept, dim).permute(1, 2, 0, 3)
         if len(spans) == 1:
             return attend(queries, *spans[0].window.put(index, new), spans[0], self._scale)
@@ -143,7 +154,7 @@ class LeanModel:
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm of [T, hidden] float32 by [hidden] float32, in the model's dtype.
 
-        F.rms_norm takes twice the time for one row, and five times for a long prompt.
+        F.rms_norm takes half as long again for one row, twice as long for a long prompt.
         """
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [T, 1]
         scale = torch.addcmul(self._eps_there, norm, norm, value=1 / x.shape[-1]).rsqrt_()

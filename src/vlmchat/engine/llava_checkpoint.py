@@ -16,7 +16,7 @@ import torch
 from vlmchat.engine.assemble import Opened
 from vlmchat.engine.checkpoint import Layout
 from vlmchat.engine.hf_checkpoint import damaged_files, read_generation_config
-from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_base, find_tower, read_json
+from vlmchat.engine.hub import LORA_REST, PROJECTOR, find_base, find_tower, read_config, read_json
 from vlmchat.engine.llava import check_original, language_model
 from vlmchat.engine.llava_config import read_pictures, read_tokens, read_vision, translate
 from vlmchat.engine.llava_model import OriginalLlava
@@ -32,6 +32,8 @@ from vlmchat.engine.llava_weights import (
     read_overlay,
 )
 from vlmchat.engine.lora import Lora
+from vlmchat.engine.schemes import read_scheme
+from vlmchat.engine.spare import on_meta
 from vlmchat.engine.tensors import model_files
 from vlmchat.errors import CheckpointError, ConfigError
 
@@ -87,10 +89,17 @@ def _opened(
     tokens = read_tokens(config)
     tokenizer.add_tokens(tokens.added)
     rows = len(tokenizer)
-    with torch.device("meta"):
+    scheme = read_scheme(read_config(source.directory), name)
+    with on_meta():
         model = OriginalLlava(translate(config, vision, pictures, rows), pictures)
     parts = Parts(
-        source.files, None if inside else tower, rows, pictures.newline, source.overlay, source.lora
+        source.files,
+        None if inside else tower,
+        rows,
+        pictures.newline,
+        source.overlay,
+        source.lora,
+        scheme,
     )
     processor = OriginalProcessor(
         PromptTokenizer(tokenizer, rows), PixelMaker(tower, pictures), pictures, tokens.marks
@@ -103,6 +112,7 @@ def _opened(
         read_generation_config(source.directory, model),
         limit if isinstance(limit, int) and limit > 0 else None,
         source.directory,
+        scheme,
     )
 
 

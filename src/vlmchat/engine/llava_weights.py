@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from vlmchat.engine.lora import Lora, bare_name
+from vlmchat.engine.prequantized import NamedWeight, plain, read_weights
+from vlmchat.engine.schemes import Scheme
 from vlmchat.engine.tensors import NamedTensor, model_files, read_shapes, read_tensors
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
@@ -39,6 +41,7 @@ class Parts:
     files: the language model, whole.  overlay: tensors in place of theirs, or beside them.
     tower: a CLIP repository whose weights are taken, or None: those among the files.
     rows: how many tokens there are.  newline: whether the model has an image_newline.
+    scheme: how the files' weights are stored quantised, if they are.
     """
 
     files: list[Path]
@@ -47,20 +50,21 @@ class Parts:
     newline: bool
     overlay: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lora: Lora | None = None
+    scheme: Scheme | None = None
 
 
-def original_tensors(parts: Parts) -> Iterator[NamedTensor]:
+def original_tensors(parts: Parts) -> Iterator[NamedWeight]:
     """Every tensor of the model once. Raises CheckpointError where an adapter does not fit."""
     overlay = dict(parts.overlay)
-    for name, tensor in read_tensors(parts.files):
+    for name, weight in read_weights(parts.files, parts.scheme):
         if _left_out(name, parts):
             continue
         if parts.lora is not None:
-            tensor = parts.lora.merge(name, tensor)
+            weight = parts.lora.merge(name, weight)
         if name in (EMBEDDINGS, HEAD):
-            yield _rename(name), _fit_rows(tensor, overlay.pop(name, None), parts.rows)
+            yield _rename(name), _fit_rows(plain(weight), overlay.pop(name, None), parts.rows)
         elif name not in overlay:
-            yield _rename(name), tensor
+            yield _rename(name), weight
     yield from ((_rename(n), t) for n, t in overlay.items() if not _left_out(n, parts, own=True))
     if parts.lora is not None:
         parts.lora.check_used()

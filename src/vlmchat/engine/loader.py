@@ -25,6 +25,7 @@ from vlmchat.engine.hf_checkpoint import open_hugging_face
 from vlmchat.engine.hub import find_base, find_checkpoint, read_config
 from vlmchat.engine.llava import is_original
 from vlmchat.engine.memory import check_memory, memory_errors
+from vlmchat.engine.prequantized import kept_kind
 from vlmchat.engine.shapes import find_shape
 from vlmchat.engine.spec import ModelSpec, check_config, read_spec, unapplied
 from vlmchat.engine.templates import ConversationTemplate, template, template_for_checkpoint
@@ -82,7 +83,10 @@ def load_model(
         progress(f"note: {ignored} in generation_config.json is not applied")
         details.append(("not applied", ignored))
     spec = _spec(opened, config.context_length, answer_tokens)
-    precision = Precision(device, pick_dtype(config.dtype, raw_config, device), kind)
+    if opened.scheme is not None:
+        details.append(("weights stored by", opened.scheme.words))
+    dtype, kept = pick_dtype(config.dtype, raw_config, device), kept_kind(opened.scheme, device)
+    precision = Precision(device, dtype, kind, kept)
     num_bytes = check_memory(opened.model, precision)
     stage = f"loading {config.path} ({num_bytes / 1e9:.2f} GB, {_words(precision)})"
     counter = _Counter(len(opened.model.state_dict()), stage, progress)
@@ -157,7 +161,7 @@ def _finish(
 
 
 def _words(precision: Precision) -> str:
-    return precision.quantization or str(precision.dtype).removeprefix("torch.")
+    return precision.kind or str(precision.dtype).removeprefix("torch.")
 
 
 class _Counter:

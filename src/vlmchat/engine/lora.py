@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from vlmchat.engine.hub import ADAPTERS, read_json
-from vlmchat.engine.tensors import NamedTensor, read_tensors
+from vlmchat.engine.prequantized import NamedWeight, StoredWeight
+from vlmchat.engine.tensors import read_tensors
 from vlmchat.errors import CheckpointError, UnsupportedModel
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
@@ -56,7 +57,7 @@ class Lora:
             else:
                 self.replacements[rename(name)] = tensor
 
-    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def merge(self, name: str, weight: torch.Tensor | StoredWeight) -> torch.Tensor | StoredWeight:
         """The weight with its share of the adapter, in float32; as it is if it has none.
 
         Raises CheckpointError where shapes do not fit.
@@ -78,7 +79,7 @@ class Lora:
             ) from error
         return weight.float() + change
 
-    def merged(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    def merged(self, tensors: Iterable[NamedWeight]) -> Iterator[NamedWeight]:
         """Every tensor, with its share. Raises CheckpointError if a layer finds no weight."""
         for name, tensor in tensors:
             yield name, self.merge(name, tensor)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmchat.engine.spare import on_meta
+
 # Larger than any cache: what is measured is memory.
 _BYTES = {"cpu": 2**28, "cuda": 2**31, "mps": 2**29}
 _SIDE = {"cpu": 1536, "cuda": 8192, "mps": 2048}
@@ -80,7 +82,7 @@ def _fastest(device: torch.device, work: Callable[[], object]) -> float:
 def work_of(model: Any) -> Work:
     """Of a loaded transformers model, quantised or not."""
     config, decoder = model.config.get_text_config(), model.get_decoder()
-    with torch.device("meta"):
+    with on_meta():
         bare = type(model)(model.config)  # as it was before its layers were packed
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

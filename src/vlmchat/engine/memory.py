@@ -31,7 +31,7 @@ def check_memory(model: Any, precision: Precision) -> float:
     def need(kind: str | None) -> float:
         return needed_bytes(linear, other, precision.dtype.itemsize, kind)
 
-    needed, free = need(precision.quantization), free_bytes(precision.device)
+    needed, free = need(precision.kind), free_bytes(precision.device)
     if needed * HEADROOM > free:
         smaller = [k for k in ("8bit", "4bit") if need(k) < needed and need(k) * HEADROOM <= free]
         advice = f"add --load-{smaller[0]} or " if smaller else ""

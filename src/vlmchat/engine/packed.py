@@ -15,7 +15,7 @@ GROUP = 32  # weights along the input that share a scale, in 4 bits
 KERNEL_GROUPS = (32, 64, 128, 256)  # Source: torch's _weight_int4pack_mm_for_cpu
 TILE = 64  # rows that the kernel packs together, or a multiple of these
 # Up to so many rows the packed product, which unpacks for every four of them, is the faster one;
-# past that the weights are unpacked once. See docs/performance.md.
+# past that the weights are unpacked once. See docs/fidelity.md.
 _PACKED_ROWS_INT4, _PACKED_ROWS_INT8 = 56, 10
 _WEIGHTS_AT_ONCE = 2**18  # as many as stay in a core's cache while they are quantised
 _REFINEMENTS = 2
@@ -168,7 +168,8 @@ class Int8Linear(nn.Module):
             y = F.linear(rows, self.weight.to(x.dtype)).mul_(self.scales)
         if self.bias is not None:
             y += self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        out: torch.Tensor = y.view(*x.shape[:-1], self.out_features)
+        return out
 
 
 class PrepackedLinear(nn.Module):
@@ -195,7 +196,7 @@ def can_prepack(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -223,7 +224,7 @@ def quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Levels [out, in] uint8, scales and zeros [out, groups] in `dtype`, of a weight [out, in]."""
     rows = max(_WEIGHTS_AT_ONCE // weight.shape[1], 1)
-    parts = [_quantize_rows(part, group, dtype) for part in weight.split(rows)]
+    parts = [_quantize_rows(part, group, dtype) for part in torch.split(weight, rows)]
     levels, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return levels[:, : weight.shape[1]], scales, zeros
 
@@ -233,7 +234,8 @@ def _quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First the levels go from a group's least weight to its greatest; then, by turns, scale and
     zero become the best for the levels (least squares), and the levels the nearest for these."""
-    groups = F.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+    padded = F.pad(weight.float(), (0, -weight.shape[1] % group))
+    groups = padded.reshape(len(weight), -1, group)
     least, greatest = groups.aminmax(dim=-1, keepdim=True)
     tiny = torch.finfo(dtype).tiny
     scales = ((greatest - least) / 15).clamp_(min=tiny)

@@ -32,15 +32,20 @@ def quantized(
     weight: [out, in], of any floating dtype.  kind: one of KINDS; bnb-int8 is LLM.int8, bnb-nf4 is
     NF4 with double quantisation.
     """
-    bias = linear.bias
-    if bias is not None and not bias.is_meta:
-        bias = nn.Parameter(bias.to(device))
     if kind in PACKED:
         layer: Any = PACKED[kind](weight.to(device), compute_dtype)
     else:
         layer = _by_bitsandbytes(linear, weight, kind, device, compute_dtype)
+    return in_place_of(linear, layer, device)
+
+
+def in_place_of(linear: nn.Linear, layer: Any, device: torch.device) -> Any:
+    """The layer with the bias of `linear`, which may be on the meta device; memory is tidied."""
+    bias = linear.bias
+    if bias is not None and not bias.is_meta:
+        bias = nn.Parameter(bias.to(device))
     layer.bias = bias
-    give_memory_back()
+    _give_memory_back()
     return layer
 
 
@@ -79,7 +84,7 @@ def _by_bitsandbytes(
     return layer
 
 
-def give_memory_back() -> None:
+def _give_memory_back() -> None:
     """The C library keeps what is freed, here as much as the whole model in 16 bits."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it not

@@ -26,6 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from vlmchat.engine.assemble import Opened
 from vlmchat.engine.hf_processor import pictures_only
 from vlmchat.engine.shapes import Shape
+from vlmchat.engine.spare import on_meta
 from vlmchat.engine.tensors import NamedTensor
 
 # As transformers would initialise it.
@@ -49,7 +50,7 @@ _TEMPLATE = (
 def open_random(shape: Shape, device: torch.device) -> Opened:
     """The model with its weights yet to be made."""
     config = random_config(shape)
-    with torch.device("meta"):
+    with on_meta():
         model = LlavaForConditionalGeneration(config)
     generation_config = GenerationConfig(eos_token_id=config.text_config.eos_token_id)
     return Opened(model, _tensors(model, device), random_processor(shape), generation_config)

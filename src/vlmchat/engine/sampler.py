@@ -20,8 +20,6 @@ from vlmchat.errors import InvalidRequest
 from vlmchat.request import Grammar, SamplingParams
 
 NOT_A_NUMBER = -1  # drawn where the logits are none, as after an overflow in float16
-# Of a filtered draw, so many likeliest tokens are sorted first; mostly that is enough.
-_SORTED_FIRST = 256
 
 
 class GrammarMask(Protocol):
@@ -176,55 +174,74 @@ def _greedy(states: Sequence[SamplerState], logits: torch.Tensor) -> list[int]:
 
 
 def _plain(states: Sequence[SamplerState], logits: torch.Tensor) -> list[int]:
-    scores, good = _scores(states, logits)
-    tokens: list[int] = _pick(states, scores.exp()).where(good, NOT_A_NUMBER).tolist()
+    weights, good = _weights(states, logits)
+    tokens: list[int] = _pick(states, weights).where(good, NOT_A_NUMBER).tolist()
     return tokens
 
 
-def _filtered(
-    states: Sequence[SamplerState], logits: torch.Tensor, most: int = _SORTED_FIRST
-) -> list[int]:
-    """By top-k, then top-p, among the `most` likeliest; anew among all where these do not do."""
-    scores, good = _scores(states, logits)
-    most = min(max(most, *(state.params.top_k for state in states)), scores.shape[-1])
-    values, ids = scores.topk(most)  # [R, most]
-    weights, total = values.exp(), scores.exp().sum(-1, keepdim=True)  # [R, most], [R, 1]
-    top_k = _column(states, scores, lambda p: min(p.top_k or most, most)).long()
-    limited = _column(states, scores, lambda p: bool(p.top_k)).bool()
+def _filtered(states: Sequence[SamplerState], logits: torch.Tensor) -> list[int]:
+    """By top-k, then top-p. On a CPU, which sorts slowly, among those that can remain only."""
+    weights, good = _weights(states, logits)
+    total = weights.sum(-1, keepdim=True, dtype=torch.float64)  # [R, 1]
+    if weights.device.type != "cpu":
+        tokens = _nucleus(states, weights, total)
+    else:
+        found = []
+        for state, row, sum_ in zip(states, weights, total, strict=True):
+            ids = (row >= _least(state.params, row)).nonzero()[:, 0]
+            found.append(ids[_nucleus([state], row[None, ids], sum_[None])])
+        tokens = torch.cat(found)
+    drawn: list[int] = tokens.where(good, NOT_A_NUMBER).tolist()
+    return drawn
+
+
+def _least(params: SamplingParams, weights: torch.Tensor) -> float:
+    """A weight below which top-k and top-p leave none. weights: [V], of which the best is 1.
+
+    The sum of all those below (1 - top_p) / V is within what top-p takes away.
+    """
+    least = (1 - params.top_p) / len(weights)
+    if 0 < params.top_k < len(weights):
+        least = max(least, float(weights.topk(params.top_k).values[-1]))
+    return least
+
+
+def _nucleus(
+    states: Sequence[SamplerState], weights: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """[R]: one index for each row of weights [R, N]. total: [R, 1], also of those left out."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    top_k = _column(states, weights, lambda p: min(p.top_k or 1, weights.shape[-1])).long()
+    limited = _column(states, weights, lambda p: bool(p.top_k)).bool()
     # Equals of the last one stay, as in transformers.
-    weights = weights.where(~limited | (values >= values.gather(-1, top_k - 1)), 0)
-    total = weights.sum(-1, keepdim=True).where(limited, total)
-    wanted = _column(states, scores, lambda p: p.top_p) * total
-    reached = weights.cumsum(-1)
-    kept = reached - weights < wanted  # a token goes if the likelier ones do already
+    ordered = ordered.where(~limited | (ordered >= ordered.gather(-1, top_k - 1)), 0)
+    reached = ordered.cumsum(-1, dtype=total.dtype)
+    wanted = _column(states, total, lambda p: p.top_p) * reached[:, -1:].where(limited, total)
+    kept = reached - ordered < wanted  # a token goes if the likelier ones do already
     kept[:, 0] = True
-    tokens = ids.gather(-1, _pick(states, weights.where(kept, 0))[:, None])[:, 0]
-    found: list[int] = tokens.where(good, NOT_A_NUMBER).tolist()
-    if most < scores.shape[-1]:
-        short = (good & (reached[:, -1:] < wanted).where(~limited, False)[:, 0]).nonzero()[:, 0]
-        for i in short.tolist():
-            [found[i]] = _filtered([states[i]], logits[i : i + 1], scores.shape[-1])
-    return found
+    return order.gather(-1, _pick(states, ordered.where(kept, 0))[:, None])[:, 0]
 
 
-def _scores(
+def _weights(
     states: Sequence[SamplerState], logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, V] in double, divided by the temperatures; [R], whether they are numbers.
+    """[R, V]: probabilities at the temperatures, times such a number that the best one's is 1.
 
-    The best one becomes 0 first, so that no temperature, however small, makes it infinite.
+    [R]: whether they are numbers.
     """
     if logits.device.type == "mps":  # has no doubles
         logits = logits.cpu()
-    logits = logits.double()
+    logits = logits.float()
     best = logits.max(-1, keepdim=True).values
-    scores = logits - best
-    return scores / _column(states, scores, lambda p: p.temperature), best.isfinite()[:, 0]
+    coldest = torch.finfo(logits.dtype).tiny  # what is smaller would be 0, and 0 / 0 no number
+    temperature = _column(states, logits, lambda p: max(p.temperature, coldest))
+    weights = ((logits - best) / temperature).exp().nan_to_num_(1.0)
+    return weights, best.isfinite()[:, 0]
 
 
 def _pick(states: Sequence[SamplerState], weights: torch.Tensor) -> torch.Tensor:
     """[R]: one index for each row of weights [R, N]."""
-    sums = weights.cumsum(-1)
+    sums = weights.cumsum(-1, dtype=torch.float64)
     chances = [[state.uniform()] for state in states]
     aim = torch.tensor(chances, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
     return torch.searchsorted(sums, aim, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)

@@ -103,14 +103,17 @@ class StaticRunner:
                 rotation = self._lean.grid_rotation(grid[1:, 0, start:stop])
             else:
                 rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
-            x = self._lean.forward(x, rotation, [self._span(0, slot, start, stop)], added)
+            spans = [self._span(0, slot, start, stop)]
+            x = self._lean.forward(x, rotation, spans, added, only_last=True)
             return self._logits(x[-1:])[0] if stop == len(prompt.ids) else None
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """See `Runner.decode`."""
         with memory_errors(_ADVICE):
-            ids, positions, spans = [], [], []
+            ids: list[int] = []
+            positions: list[int] = []
+            spans = []
             for row in rows:
                 stop = row.start + len(row.tokens)
                 spans.append(self._span(len(ids), row.slot, row.start, stop))
@@ -119,7 +122,7 @@ class StaticRunner:
                 positions += range(row.start + delta, stop + delta)
             rotation = self._lean.rotation(self._tensor(positions))
             x = self._lean.forward(self._embedding(self._tensor(ids)), rotation, spans)
-            return list(self._logits(x).split([len(row.tokens) for row in rows]))
+            return list(torch.split(self._logits(x), [len(row.tokens) for row in rows]))
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmchat.engine.hub import is_weights, needed_files
-from vlmchat.errors import CheckpointError
+from vlmchat.engine.schemes import read_scheme
+from vlmchat.errors import CheckpointError, UnsupportedModel
 
 # Bytes per weight of the language model's linear layers: 8 or 4 bits, and their scales. Where the
 # device decides, the most.
@@ -39,6 +40,11 @@ _STORAGES |= {"Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": 
 _SIGNS_OF_DAMAGE: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, ArithmeticError),
     *(RuntimeError, MemoryError, struct.error, zlib.error),
+)
+# Beside the weights of layers that are stored quantised.
+_BESIDE = (
+    *("qzeros", "scales", "g_idx", "SCB", "weight_format", "input_scale", "weight_scale_inv"),
+    *("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
 )
 _MAX_HEADER_BYTES = 100_000_000  # Source: the safetensors format
 
@@ -92,6 +98,37 @@ def count_weights(tensors: Mapping[str, TensorHeader]) -> tuple[int, int]:
     """Numbers of weights in the language model's linear layers, and in everything else."""
     linear = sum(t.num_weights for name, t in tensors.items() if is_linear(name))
     return linear, sum(t.num_weights for t in tensors.values()) - linear
+
+
+def as_plain(
+    tensors: Mapping[str, TensorHeader], config: Mapping[str, Any], name: str
+) -> dict[str, TensorHeader]:
+    """The tensors, with those of weights that are stored quantised as the weights themselves.
+
+    So that they can be counted; shapes are flat then. Where the way of storing is not served, as
+    they are.
+    """
+    try:
+        scheme = read_scheme(config, name)
+    except UnsupportedModel:
+        scheme = None
+    if scheme is None:
+        return dict(tensors)
+    found = {}
+    for each, tensor in tensors.items():
+        module, _, part = each.rpartition(".")
+        per_item = 1
+        if part in ("qweight", "weight_packed"):
+            per_item = 32 // (scheme.bits or 4)
+        elif part == "weight" and tensor.dtype == "U8":
+            per_item = 8 // scheme.bits
+        elif part in _BESIDE or ".weight." in each:
+            continue
+        shape = tensor.shape if per_item == 1 else (tensor.num_weights * per_item,)
+        found[each if per_item == 1 else f"{module}.weight"] = TensorHeader(
+            tensor.file, tensor.dtype, shape
+        )
+    return found
 
 
 def needed_bytes(linear: int, other: int, item_bytes: int, quantization: str | None) -> float:
