@@ -49,6 +49,8 @@ _LOOK_TIMEOUT_S = 5.0  # LLaVA's controller asks a worker for its status so long
 _PENDING_S = 30.0  # LLaVA's workers register before they listen
 _GRACE_S = 20.0  # after a start: a heart beat's interval, and some
 _MAX_NAME = 200
+_MAX_DEPTH = 100
+_DRAINING = "draining"  # what a worker of ours says of its state when it is about to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +182,10 @@ class Controller:
                 raise Forbidden(
                     f"another worker answers at {name}; set --worker-address to this one's own"
                 )
-        self.registry.register(name, pending.check_heart_beat, status)
         self._pending.pop(name, None)
+        if status.ours.get("state") == _DRAINING:
+            return True
+        self.registry.register(name, pending.check_heart_beat, status)
         self._probed[name] = time.monotonic()
         logger.info("worker %s registered for %s", name, ", ".join(status.models))
         return True
@@ -202,9 +206,12 @@ class Controller:
         name, queue = body.get("worker_name"), body.get("queue_length")
         if not isinstance(name, str) or not isinstance(queue, int) or queue < 0:
             raise InvalidRequest("a heart beat has a worker_name and a queue_length")
-        ours = body.get("vlmchat")
-        known = self.registry.beat(name, queue, ours if isinstance(ours, dict) else None)
-        return JSONResponse({"exist": known})
+        given = body.get("vlmchat")
+        ours = given if isinstance(given, dict) else {}
+        if ours.get("state") == _DRAINING:
+            self.registry.remove(name)
+            return JSONResponse({"exist": True})  # or it would register again
+        return JSONResponse({"exist": self.registry.beat(name, queue, ours)})
 
     async def _unregister(self, request: Request) -> Response:
         """A worker's goodbye: it gets nothing new, what runs there goes on."""
@@ -451,7 +458,15 @@ async def _object(request: Request) -> Item:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest("the body is not an object")
+    if not _is_flat(body, _MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested more than {_MAX_DEPTH} deep")
     return body
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Whether it can be written as JSON again from any depth of calls."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
 
 
 def _model(body: Item) -> str:
