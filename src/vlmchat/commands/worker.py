@@ -276,16 +276,15 @@ async def _serve(
         host.changed = heartbeat.changed
 
     async def drain() -> None:
-        if heartbeat is not None:
-            await heartbeat.goodbye()
-        await host.drain()
+        await asyncio.gather(host.drain(), *([heartbeat.goodbye()] if heartbeat else []))
 
     http = Server(host.edge, drain)
     serving = asyncio.ensure_future(http.run_on(sock))
     beating: asyncio.Future[None] | None = None
     try:
         loading = in_thread(load)
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        begun: list[asyncio.Future[Any]] = [serving, loading]
+        await asyncio.wait(begun, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             try:
                 host.ready(loading.result(), resumes=server.upstream is None)
