@@ -294,6 +294,8 @@ async def test_controller_lists_the_models_of_all_workers_once() -> None:
     workers = ScriptedWorker(), ScriptedWorker(), ScriptedWorker(model="n", ours=False)
     async with site(*workers) as place:
         data = (await place.http.get("/v1/models")).json()["data"]
+        assert (await place.http.get("/v1/models/m")).json() == data[0]
+        assert (await place.http.get("/v1/models/x")).status_code == 404
     assert [(entry["id"], entry.get("max_model_len")) for entry in data] == [
         ("m", 2048),
         ("n", None),

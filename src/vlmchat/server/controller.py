@@ -25,6 +25,7 @@ from vlmchat import __version__
 from vlmchat.errors import (
     Forbidden,
     InvalidRequest,
+    ModelNotFound,
     NetworkError,
     Overloaded,
     Unavailable,
@@ -142,6 +143,7 @@ class Controller:
             _post(legacy.STATUS_PATH, self._get_status),
             _post(PATH, self._chat),
             Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self._one_model, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/status", self._status, methods=["GET"]),
@@ -325,14 +327,23 @@ class Controller:
                 record["losses"] = relay.losses
 
     async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._model_objects()})
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        for entry in self._model_objects():
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        raise ModelNotFound(f"no worker serves {name[:_MAX_NAME]}")
+
+    def _model_objects(self) -> list[Item]:
         lengths: dict[str, Any] = {}
         for worker in self.registry.workers:
             for model in worker.status.models:
                 length = worker.status.ours.get("context_length")
                 known = [n for n in (lengths.get(model), length) if isinstance(n, int)]
                 lengths[model] = min(known, default=None)
-        data = [_model_object(model, length) for model, length in lengths.items()]
-        return JSONResponse({"object": "list", "data": data})
+        return [_model_object(model, length) for model, length in lengths.items()]
 
     # -- how it stands -----------------------------------------------------------------------
 
