@@ -206,7 +206,7 @@ class Controller:
     async def _heart_beat(self, request: Request) -> Response:
         body = await _object(request)
         name, queue = body.get("worker_name"), body.get("queue_length")
-        if not isinstance(name, str) or not isinstance(queue, int) or queue < 0:
+        if not isinstance(name, str) or not isinstance(queue, int) or not 0 <= queue < 10**9:
             raise InvalidRequest("a heart beat has a worker_name and a queue_length")
         given = body.get("vlmchat")
         ours = given if isinstance(given, dict) else {}
@@ -414,7 +414,8 @@ class Controller:
             last = max(
                 worker.last_token if worker.healthy else 0.0, self._probed.get(worker.name, 0.0)
             )
-            if now - last >= every_s and not (worker.healthy and worker.queue_length):
+            busy = worker.healthy and worker.queue_length > 0
+            if worker.status.models and now - last >= every_s and not busy:
                 self._probed[worker.name] = now + self._probing.timeout_s  # until it is over
                 due.append(asyncio.create_task(self._probe(worker)))
         names = {worker.name for worker in self.registry.workers}

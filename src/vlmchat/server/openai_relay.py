@@ -8,7 +8,7 @@ next worker goes on. No I/O.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,20 +93,18 @@ class OpenAIWire:
                 body["vlmchat_resume"] = [*self._given, *choice.ids]
         return PATH, body
 
-    def feed(self, chunk: bytes) -> list[Item]:
+    def feed(self, chunk: bytes) -> Iterator[Item]:
         """See `failover.Wire.feed`."""
         *lines, self._lines = (self._lines + chunk).replace(b"\r\n", b"\n").split(b"\n")
         if len(self._lines) > _MAX_EVENT_BYTES:
             raise WorkerLost("sent an event without end")
-        items: list[Item] = []
         for line in lines:
             if line.startswith(b"data:") and not self.done:
-                items += self._event(line[5:].strip())
-        if items:
-            self.begun = True
-        return items
+                for item in self._event(line[5:].strip()):
+                    self.begun = True
+                    yield item
 
-    def end(self) -> list[Item]:
+    def end(self) -> Iterator[Item]:
         """See `failover.Wire.end`."""
         raise WorkerLost("cut its answer off")
 

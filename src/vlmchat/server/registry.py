@@ -191,8 +191,7 @@ class Registry:
         worker.report(queue_length, self._clock())
         if ours:
             status = worker.status
-            merged = {**status.ours, **ours}
-            worker.status = WorkerStatus(status.models, status.speed, queue_length, merged)
+            worker.status = WorkerStatus(status.models, status.speed, queue_length, ours)
         self._note(worker, ours or {})
         return True
 
@@ -200,7 +199,7 @@ class Registry:
         self._seen.update(dict.fromkeys(worker.status.models, self._clock()))
         prefixes = ours.get("prefixes")
         if isinstance(prefixes, list):
-            worker.note_prefixes([prefix for prefix in prefixes if isinstance(prefix, str)][:64])
+            worker.note_prefixes([prefix for prefix in prefixes[:64] if _is_name(prefix)])
 
     def remove(self, name: str) -> None:
         """Forget a worker."""
