@@ -294,7 +294,39 @@ async def test_controller_lists_the_models_of_all_workers_once() -> None:
     workers = ScriptedWorker(), ScriptedWorker(), ScriptedWorker(model="n", ours=False)
     async with site(*workers) as place:
         data = (await place.http.get("/v1/models")).json()["data"]
+        assert (await place.http.get("/v1/models/m")).json() == data[0]
+        assert (await place.http.get("/v1/models/x")).status_code == 404
     assert [(entry["id"], entry.get("max_model_len")) for entry in data] == [
         ("m", 2048),
         ("n", None),
     ]
+
+
+@run_async
+async def test_controller_gives_up_in_time_when_everybody_refuses_to_go_on() -> None:
+    class Fickle(ScriptedWorker):
+        """Refuses to go on with what another one began."""
+
+        async def _chat(self, request: Any) -> Any:
+            self.refuses = 429 if (await request.json()).get("vlmchat_resume") else None
+            return await super()._chat(request)
+
+    async with site(Fickle(fault="cut"), Fickle(fault="cut")) as place:
+        chunks = await place.chunks()
+    assert text_of(chunks) == "w0 w1 w2 w3 "
+    assert chunks[-1]["error"]["code"] == "no_worker"
+
+
+@run_async
+async def test_controller_takes_a_worker_for_dead_that_sends_pings_only() -> None:
+    class Pinging(ScriptedWorker):
+        """Sends comments, and nothing else."""
+
+        async def _events(self, body: Any) -> Any:
+            while True:
+                yield b": ping\n\n"
+                await asyncio.sleep(0.05)
+
+    limits = Limits(first_token_s=0.3, silence_s=5, patience_s=5)
+    async with site(Pinging(), ScriptedWorker(), limits=limits) as place:
+        assert text_of(await place.chunks()) == WHOLE

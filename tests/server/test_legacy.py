@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -38,6 +39,10 @@ ASK: dict[str, Any] = {
     "stop": "</s>",
     "images": ["iVBORw0KGgo="],
 }
+KEYS = (
+    *(*ASK, "messages", "stream", "n", "stream_options", "vlmchat_resume", "worker_name"),
+    *("worker_status", "model_names", "speed", "queue_length", "vlmchat", "check_heart_beat"),
+)
 
 
 async def stream(place: Site, **changes: Any) -> tuple[bytes, Any]:
@@ -116,6 +121,33 @@ async def test_controller_tells_what_is_wrong_with_a_body(path: str, body: bytes
     async with site() as place:
         answer = await place.http.post(path, content=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
+@run_async
+async def test_controller_answers_any_json_without_an_error_of_its_own() -> None:
+    chance = random.Random(5)
+
+    def value(depth: int = 0) -> Any:
+        kind = chance.randrange(9 if depth < 3 else 6)
+        plain = [None, True, -1, 1e308, "m", chance.choice(["", "<image>", "\ud800", "x" * 999])]
+        if kind < 6:
+            return plain[kind]
+        if kind == 6:
+            return {chance.choice(KEYS): value(depth + 1) for _ in range(3)}
+        return [value(depth + 1) for _ in range(chance.randrange(3))]
+
+    worker = ScriptedWorker(refuses=400)
+    paths = ("/register_worker", "/receive_heart_beat", "/get_worker_address")
+    async with site(worker, limits=replace(LIMITS, patience_s=0.0)) as place:
+        for path in (*paths, "/worker_generate_stream", "/v1/chat/completions"):
+            for _ in range(60):
+                body = {key: value() for key in KEYS if chance.random() < 0.7}
+                body |= {"model": "m"} if chance.random() < 0.5 else {}
+                answer = await place.http.post(path, content=json.dumps(body))
+                assert answer.status_code < 500, (path, body, answer.text)
+        deep = b'{"model": "m", "messages": ' + b"[" * 400 + b"]" * 400 + b"}"
+        answer = await place.http.post("/v1/chat/completions", content=deep)
+    assert (answer.status_code, "nested" in answer.text) == (400, True)
 
 
 # -- streams -------------------------------------------------------------------------------------
@@ -435,6 +467,7 @@ async def test_register_refuses_an_address_at_which_another_worker_answers() -> 
         ("ftp://127.0.0.1", 400),
         ("http://127.0.0.1:99999", 400),
         ("127.0.0.1:1", 400),
+        ("http://127.0.0.1:1/\u00e9", 400),
     ],
 )
 @run_async
@@ -472,3 +505,12 @@ async def test_unregister_ends_new_requests_and_keeps_those_under_way() -> None:
         await place.http.post("/unregister_worker", json={"worker_name": place.addresses[0]})
         assert (await place.http.post("/list_models")).json() == {"models": []}
         assert (await waiting).json()["choices"][0]["message"]["content"] == WHOLE
+
+
+@run_async
+async def test_worker_that_drains_is_not_registered_by_its_last_beats() -> None:
+    async with site(ScriptedWorker()) as place:
+        beat: dict[str, Any] = {"worker_name": place.addresses[0], "queue_length": 1}
+        beat["vlmchat"] = {"state": "draining"}
+        answer = await place.http.post("/receive_heart_beat", json=beat)
+        assert (answer.json(), place.controller.registry.workers) == ({"exist": True}, ())

@@ -31,6 +31,10 @@ def chunk(
 DONE = b"data: [DONE]\n\n"
 
 
+def fed(wire: OpenAIWire, data: bytes) -> list[dict[str, Any]]:
+    return list(wire.feed(data))
+
+
 def said(items: list[dict[str, Any]]) -> str:
     return "".join(c["delta"].get("content") or "" for item in items for c in item["choices"])
 
@@ -40,7 +44,7 @@ def begun(*events: bytes, **body: Any) -> OpenAIWire:
     wire = OpenAIWire({**ASK, **body}, include_usage=False)
     wire.request(OURS)
     for event in events:
-        wire.feed(event)
+        fed(wire, event)
     return wire
 
 
@@ -56,9 +60,9 @@ def test_wire_goes_on_behind_the_tokens_that_the_client_itself_resumed_with() ->
 
 def test_wire_sends_ends_only_when_the_stream_has_ended_well() -> None:
     wire = begun(chunk(None), chunk("a", [1]))
-    assert wire.feed(chunk("b", [2], "stop")) == []
+    assert fed(wire, chunk("b", [2], "stop")) == []
     assert wire.request(OURS)[1]["vlmchat_resume"] == [1]
-    items = wire.feed(chunk(None) + chunk("b", [2], "stop") + DONE)
+    items = fed(wire, chunk(None) + chunk("b", [2], "stop") + DONE)
     assert (said(items), wire.done) == ("b", True)
 
 
@@ -69,7 +73,7 @@ def test_wire_holds_a_second_telling_against_the_first_where_tokens_are_not_told
     wire = begun(chunk(None), chunk("one ", []), chunk("two ", []))
     assert "vlmchat_resume" not in wire.request(worker)[1]
     again = chunk(None) + chunk("one tw") + chunk("o three") + chunk("", None, "stop") + DONE
-    assert said(wire.feed(again)) == "three"
+    assert said(fed(wire, again)) == "three"
     assert wire.done
 
 
@@ -78,7 +82,7 @@ def test_wire_loses_a_worker_whose_second_telling_differs(again: bytes) -> None:
     wire = begun(chunk(None), chunk("one two"))
     wire.request(OURS)
     with pytest.raises(WorkerLost):
-        wire.feed(again)
+        fed(wire, again)
 
 
 def test_wire_goes_on_with_each_choice_that_has_not_ended() -> None:
@@ -91,16 +95,16 @@ def test_wire_goes_on_with_each_choice_that_has_not_ended() -> None:
     )
     first = wire.request(OURS)[1]
     assert (first["n"], first["vlmchat_resume"]) == (1, [1])
-    items = wire.feed(chunk(None) + chunk("A", [4], "stop") + DONE)
+    items = fed(wire, chunk(None) + chunk("A", [4], "stop") + DONE)
     assert ([c["index"] for item in items for c in item["choices"]], wire.done) == ([0], False)
     assert wire.request(OURS)[1]["vlmchat_resume"] == [3]
-    items = wire.feed(chunk(None) + chunk("C", [5], "stop") + DONE)
+    items = fed(wire, chunk(None) + chunk("C", [5], "stop") + DONE)
     assert ([c["index"] for item in items for c in item["choices"]], wire.done) == ([2], True)
 
 
 def test_wire_keeps_ids_to_itself_unless_the_client_wants_them() -> None:
-    assert "vlmchat_token_ids" not in begun().feed(chunk("a", [1]))[0]
-    assert begun(vlmchat_token_ids=True).feed(chunk("a", [1]))[0]["vlmchat_token_ids"] == [1]
+    assert "vlmchat_token_ids" not in fed(begun(), chunk("a", [1]))[0]
+    assert fed(begun(vlmchat_token_ids=True), chunk("a", [1]))[0]["vlmchat_token_ids"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ def test_wire_keeps_ids_to_itself_unless_the_client_wants_them() -> None:
 )
 def test_wire_loses_a_worker_that_talks_nonsense(data: bytes) -> None:
     with pytest.raises(WorkerLost):
-        begun().feed(data)
+        fed(begun(), data)
 
 
 def test_wire_tells_errors_of_the_request_from_those_of_the_worker() -> None:
@@ -117,9 +121,18 @@ def test_wire_tells_errors_of_the_request_from_those_of_the_worker() -> None:
         return b"data: " + json.dumps({"error": {"code": code, "message": "x"}}).encode() + b"\n\n"
 
     with pytest.raises(WorkerLost):
-        begun().feed(event("engine_dead"))
+        fed(begun(), event("engine_dead"))
     with pytest.raises(Refusal):
-        begun().feed(event("invalid_request"))
+        fed(begun(), event("invalid_request"))
+
+
+def test_wire_sends_what_came_before_a_failure_in_the_same_read() -> None:
+    wire = begun(chunk(None))
+    items = wire.feed(chunk("a", [1]) + b"data: nonsense\n\n")
+    first = next(items)
+    with pytest.raises(WorkerLost):
+        next(items)
+    assert (said([first]), wire.request(OURS)[1]["vlmchat_resume"]) == ("a", [1])
 
 
 def test_wire_reads_events_however_they_are_cut() -> None:

@@ -253,6 +253,7 @@ def test_worker_status_is_read_or_refused(body: Any) -> None:
     [
         {"model_names": "m"},
         {"model_names": [1]},
+        {"model_names": ["\ud800"]},
         {"speed": -1},
         {"speed": float("nan")},
         {"queue_length": None},

@@ -124,6 +124,24 @@ def test_drain_ends_what_takes_too_long_with_an_error() -> None:
             list(chunks)
 
 
+def test_drain_tells_those_who_still_wait() -> None:
+    policy = WorkerPolicy(drain_s=0.2, concurrency=1)
+    with running(counting(2), policy) as up, up.openai() as client, up.http() as http:
+        stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        next(iter(stream))
+        answers: list[int] = []
+
+        def wait_in_line() -> None:
+            answers.append(http.post("/v1/chat/completions", json=STREAM).status_code)
+
+        waiting = threading.Thread(target=wait_in_line)
+        waiting.start()
+        _wait(lambda: up.worker.admission.waiting == 1)
+        up.call(up.server.stop)
+        waiting.join()
+        assert answers == [503]
+
+
 def test_health_is_told_while_the_model_loads() -> None:
     with running(None) as up, up.http() as http:
         assert http.get("/health").json() == {"status": "loading"}

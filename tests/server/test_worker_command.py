@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples" / "shapes.png"
 
 
-def _start(*arguments: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    command = [sys.executable, "-m", "vlmchat", "worker", "--port", "0", "--json", *arguments]
+def _start(
+    *arguments: str, module: str = "vlmchat"
+) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    command = [sys.executable, "-m", module, "worker", "--port", "0", "--json", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -100,8 +102,8 @@ def test_worker_answers_llavas_wire_too(url: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_second_signal_ends_a_drain_at_once() -> None:
-    process, ready = _start("--model-path", "demo", "--no-register", "--drain-timeout", "60")
-    body = {"messages": _look("Describe the image."), "stream": True, "ignore_eos": True, "n": 16}
+    process, ready = _start("--no-register", module="tests.commands.scripted")
+    body = {"messages": [{"role": "user", "content": "count"}], "stream": True}
     with (
         httpx2.Client(base_url=str(ready["url"]), timeout=60) as http,
         http.stream("POST", "/v1/chat/completions", json=body) as answer,

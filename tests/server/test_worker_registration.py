@@ -79,6 +79,20 @@ def test_heartbeat_registers_beats_and_registers_again_when_forgotten() -> None:
     _run(test)
 
 
+def test_heartbeat_is_silent_after_its_goodbye() -> None:
+    async def test(controller: Controller, heart: Heartbeat, server: Server, sock: Any) -> None:
+        serving = asyncio.create_task(server.run_on(sock))
+        await controller.heard("/receive_heart_beat")
+        await heart.goodbye()
+        told = len(controller.told)
+        await asyncio.sleep(0.2)  # four beats' time; one may have been on its way
+        assert len(controller.told) <= told + 1
+        server.stop()
+        await serving
+
+    _run(test)
+
+
 def test_heartbeat_tries_until_the_controller_is_there() -> None:
     async def test(controller: Controller, heart: Heartbeat, server: Server, sock: Any) -> None:
         sock.listen(0)

@@ -64,7 +64,8 @@ class WorkerOptions:
         typer.Option(
             "--model-name",
             metavar="NAME",
-            help="What clients call the model; unset: the last part of its path.",
+            help="What clients call the model; unset: the last part of its path, or its name at "
+            "--upstream.",
         ),
     ] = None
     upstream: Annotated[
@@ -195,10 +196,10 @@ def worker(
                 stream_interval=limits.stream_interval,
                 drain_s=limits.drain_timeout,
             )
-            name = server.model_name or name_of(config.path)
+            name, load = _loader(config, server)
             trust = controller.__contains__ if keys else lambda client: server.register
             host = Worker(name, policy, edge, log_line, trusts=trust)
-            asyncio.run(_serve(host, sock, server, access, _loader(config, server)))
+            asyncio.run(_serve(host, sock, server, access, load))
 
 
 def name_of(path: str) -> str:
@@ -234,7 +235,13 @@ def warn_open(host: str) -> None:
     )
 
 
-def _loader(config: ModelConfig, server: WorkerOptions) -> Callable[[], Backend]:
+def _loader(config: ModelConfig, server: WorkerOptions) -> tuple[str, Callable[[], Backend]]:
+    """The model's name for clients, and what gives its backend. Raises what `Upstream` does."""
+    if server.upstream is not None:
+        from vlmchat.server.upstream import Upstream
+
+        upstream = Upstream(server.upstream, server.upstream_key, server.model_name)
+        return server.model_name or upstream.status().model, lambda: upstream
     shown = ""
 
     def show(stage: str) -> None:
@@ -245,15 +252,11 @@ def _loader(config: ModelConfig, server: WorkerOptions) -> Callable[[], Backend]
             print(f"vlmchat: {stage}", file=sys.stderr, flush=True)
 
     def load() -> Backend:
-        if server.upstream is not None:
-            from vlmchat.server.upstream import Upstream
-
-            return Upstream(server.upstream, server.upstream_key, server.model_name)
         from vlmchat.engine.engine import Engine
 
         return Engine.load(config, show)
 
-    return load
+    return server.model_name or name_of(config.path), load
 
 
 async def _serve(
@@ -276,16 +279,15 @@ async def _serve(
         host.changed = heartbeat.changed
 
     async def drain() -> None:
-        if heartbeat is not None:
-            await heartbeat.goodbye()
-        await host.drain()
+        await asyncio.gather(host.drain(), *([heartbeat.goodbye()] if heartbeat else []))
 
     http = Server(host.edge, drain)
     serving = asyncio.ensure_future(http.run_on(sock))
     beating: asyncio.Future[None] | None = None
     try:
         loading = in_thread(load)
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        begun: list[asyncio.Future[Any]] = [serving, loading]
+        await asyncio.wait(begun, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             try:
                 host.ready(loading.result(), resumes=server.upstream is None)

@@ -102,6 +102,13 @@ class Admission:
         self._forget(ticket.client)
         self._grant()
 
+    def abandon(self, error: Exception) -> None:
+        """Nobody who waits will have a turn: they all hear of `error`."""
+        for name, client in list(self._clients.items()):
+            while client.waiting:
+                client.waiting.pop().granted.set_exception(error)
+            self._forget(name)
+
     def retry_after_s(self) -> int:
         """When it is worth asking again, from how long answers took lately."""
         wait_s = (self.waiting + 1) * self._mean_s / self.slots

@@ -25,6 +25,7 @@ from vlmchat import __version__
 from vlmchat.errors import (
     Forbidden,
     InvalidRequest,
+    ModelNotFound,
     NetworkError,
     Overloaded,
     Unavailable,
@@ -49,6 +50,8 @@ _LOOK_TIMEOUT_S = 5.0  # LLaVA's controller asks a worker for its status so long
 _PENDING_S = 30.0  # LLaVA's workers register before they listen
 _GRACE_S = 20.0  # after a start: a heart beat's interval, and some
 _MAX_NAME = 200
+_MAX_DEPTH = 100
+_DRAINING = "draining"  # what a worker of ours says of its state when it is about to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class Controller:
             _post(legacy.STATUS_PATH, self._get_status),
             _post(PATH, self._chat),
             Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self._one_model, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/status", self._status, methods=["GET"]),
@@ -180,8 +184,10 @@ class Controller:
                 raise Forbidden(
                     f"another worker answers at {name}; set --worker-address to this one's own"
                 )
-        self.registry.register(name, pending.check_heart_beat, status)
         self._pending.pop(name, None)
+        if status.ours.get("state") == _DRAINING:
+            return True
+        self.registry.register(name, pending.check_heart_beat, status)
         self._probed[name] = time.monotonic()
         logger.info("worker %s registered for %s", name, ", ".join(status.models))
         return True
@@ -200,11 +206,14 @@ class Controller:
     async def _heart_beat(self, request: Request) -> Response:
         body = await _object(request)
         name, queue = body.get("worker_name"), body.get("queue_length")
-        if not isinstance(name, str) or not isinstance(queue, int) or queue < 0:
+        if not isinstance(name, str) or not isinstance(queue, int) or not 0 <= queue < 10**9:
             raise InvalidRequest("a heart beat has a worker_name and a queue_length")
-        ours = body.get("vlmchat")
-        known = self.registry.beat(name, queue, ours if isinstance(ours, dict) else None)
-        return JSONResponse({"exist": known})
+        given = body.get("vlmchat")
+        ours = given if isinstance(given, dict) else {}
+        if ours.get("state") == _DRAINING:
+            self.registry.remove(name)
+            return JSONResponse({"exist": True})  # or it would register again
+        return JSONResponse({"exist": self.registry.beat(name, queue, ours)})
 
     async def _unregister(self, request: Request) -> Response:
         """A worker's goodbye: it gets nothing new, what runs there goes on."""
@@ -318,14 +327,23 @@ class Controller:
                 record["losses"] = relay.losses
 
     async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._model_objects()})
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        for entry in self._model_objects():
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        raise ModelNotFound(f"no worker serves {name[:_MAX_NAME]}")
+
+    def _model_objects(self) -> list[Item]:
         lengths: dict[str, Any] = {}
         for worker in self.registry.workers:
             for model in worker.status.models:
                 length = worker.status.ours.get("context_length")
                 known = [n for n in (lengths.get(model), length) if isinstance(n, int)]
                 lengths[model] = min(known, default=None)
-        data = [_model_object(model, length) for model, length in lengths.items()]
-        return JSONResponse({"object": "list", "data": data})
+        return [_model_object(model, length) for model, length in lengths.items()]
 
     # -- how it stands -----------------------------------------------------------------------
 
@@ -396,7 +414,8 @@ class Controller:
             last = max(
                 worker.last_token if worker.healthy else 0.0, self._probed.get(worker.name, 0.0)
             )
-            if now - last >= every_s and not (worker.healthy and worker.queue_length):
+            busy = worker.healthy and worker.queue_length > 0
+            if worker.status.models and now - last >= every_s and not busy:
                 self._probed[worker.name] = now + self._probing.timeout_s  # until it is over
                 due.append(asyncio.create_task(self._probe(worker)))
         names = {worker.name for worker in self.registry.workers}
@@ -451,7 +470,15 @@ async def _object(request: Request) -> Item:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest("the body is not an object")
+    if not _is_flat(body, _MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested more than {_MAX_DEPTH} deep")
     return body
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Whether it can be written as JSON again from any depth of calls."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
 
 
 def _model(body: Item) -> str:

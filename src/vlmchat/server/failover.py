@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,10 +89,10 @@ class Wire(Protocol):
     def request(self, worker: Worker) -> tuple[str, Item]:
         """Path and body that make the worker begin, or go on from what was sent."""
 
-    def feed(self, chunk: bytes) -> list[Item]:
-        """What is new for the client. Raises WorkerLost, Refusal."""
+    def feed(self, chunk: bytes) -> Iterator[Item]:
+        """What is new for the client, noted as it is taken. Raises WorkerLost, Refusal."""
 
-    def end(self) -> list[Item]:
+    def end(self) -> Iterator[Item]:
         """The same, once the worker's answer has ended in good order."""
 
 
@@ -118,6 +118,7 @@ class Relay:
         self._headers = headers or {}
         self._graced_until = graced_until
         self._refusal: Refusal | None = None
+        self._stuck_since: float | None = None  # no worker, or only such as refuse
         self.workers: list[str] = []  # whom it was given to, in order
         self.losses: list[str] = []  # why they were lost
 
@@ -137,7 +138,7 @@ class Relay:
                 try:
                     async with aclosing(self._attempt(worker)) as parts:
                         async for item in parts:
-                            in_a_row = 0
+                            in_a_row, self._stuck_since = 0, None
                             yield item
                     continue
                 except Refusal as refusal:
@@ -151,6 +152,7 @@ class Relay:
                         worker.fail(str(lost))
                     avoid.add(known)
                     busy.clear()
+                    self._stuck_since = None
                     in_a_row += 1
                     reason = str(lost)
             self.losses.append(f"{worker.name}: {reason}")
@@ -160,7 +162,6 @@ class Relay:
 
     async def _lease(self, avoid: set[tuple[str, int]], busy: set[tuple[str, int]]) -> Lease:
         """A worker, waiting for one that is on its way back."""
-        start = time.monotonic()
         while True:
             lease = self._registry.lease(self._model, self._prefixes, avoid | busy, self._wire.fits)
             if lease is not None:
@@ -169,8 +170,9 @@ class Relay:
                 raise self._refusal
             busy.clear()  # in mid-answer one does not take no for an answer
             now = time.monotonic()
+            self._stuck_since = self._stuck_since or now
             self._expect_worker(graced=now < self._graced_until)
-            if now - start > self._limits.patience_s:
+            if now - self._stuck_since > self._limits.patience_s:
                 raise NoWorker(
                     f"no worker for {self._model[:200]} came within {self._limits.patience_s:g} s"
                     + (f"; last: {self.losses[-1]}" if self.losses else "")
@@ -195,11 +197,9 @@ class Relay:
         try:
             while True:
                 piece = await self._next(worker, reader, pieces, last_token + limit_s)
-                items = self._wire.end() if piece is None else self._wire.feed(piece)
-                if items:
+                for item in self._wire.end() if piece is None else self._wire.feed(piece):
                     last_token, limit_s = time.monotonic(), self._limits.token_s
                     worker.last_token = last_token
-                for item in items:
                     yield item
                 if piece is None or self._wire.done:
                     return
@@ -247,6 +247,8 @@ class Relay:
                 continue
             if isinstance(piece, Refusal):
                 raise piece
+            if isinstance(piece, bytes) and time.monotonic() > deadline:  # pings only
+                raise WorkerLost("sent no token in time")
             if isinstance(piece, Exception):
                 raise WorkerLost(str(piece))
             return piece

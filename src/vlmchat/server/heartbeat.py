@@ -54,16 +54,16 @@ class Heartbeat:
             timeout=TIMEOUT_S,
             trust_env=False,
         )
-        self.registered = False
+        self.registered = self._over = False
 
     def changed(self) -> None:
         """The queue has changed: the next beat comes at once."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until `goodbye`."""
         pause_s = FIRST_PAUSE_S
-        while True:
+        while not self._over:
             try:
                 if not self.registered:
                     await self._register()
@@ -73,11 +73,12 @@ class Heartbeat:
                     continue
                 pause_s = FIRST_PAUSE_S
             except (httpx2.HTTPError, ValueError) as error:
-                logger.warning(
-                    "controller %s: %s; next try in %.1f s",
+                level = logging.WARNING if pause_s == FIRST_PAUSE_S else logging.DEBUG
+                logger.log(
+                    level,
+                    "controller %s: %s; trying on",
                     self._registration.controller,
                     str(error) or type(error).__name__,
-                    pause_s,
                 )
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -88,6 +89,8 @@ class Heartbeat:
 
     async def goodbye(self) -> None:
         """Tell the controller that this worker answers no more; LLaVA's knows no such word."""
+        self._over = True
+        self.changed()
         if self.registered:
             with suppress(httpx2.HTTPError):
                 await self._post("/unregister_worker", {"worker_name": self._registration.worker})

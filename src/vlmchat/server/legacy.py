@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -291,22 +291,24 @@ class LegacyWire:
             self._again, self._behind, self._ids = True, True, None
         return STREAM_PATH, body
 
-    def feed(self, chunk: bytes) -> list[Item]:
+    def feed(self, chunk: bytes) -> Iterator[Item]:
         """See `failover.Wire.feed`."""
         try:
             objects = self._deframer.feed(chunk)
         except (ValueError, RecursionError):
             raise WorkerLost("sent what is not LLaVA's wire") from None
-        items = [item for found in objects if (item := self._item(found)) is not None]
-        self.begun = self.begun or bool(items)
-        return items
+        for found in objects:
+            item = self._item(found)
+            if item is not None:
+                self.begun = True
+                yield item
 
-    def end(self) -> list[Item]:
+    def end(self) -> Iterator[Item]:
         """See `failover.Wire.end`."""
         if self._behind or not self.begun:
             raise WorkerLost("ended without an answer", suspect=False)
         self.done = True
-        return []
+        return iter(())
 
     def _item(self, found: Item) -> Item | None:
         ids = found.get(_TOKEN_IDS)

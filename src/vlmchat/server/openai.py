@@ -103,9 +103,9 @@ class _Message(_Schema):
 
 class _JsonSchema(_Schema):
     name: str = ""
-    description: str = ""
+    description: str | None = None
     schema_: dict[str, Any] = Field({}, alias="schema")
-    strict: bool = True
+    strict: bool | None = True
 
 
 class _ResponseFormat(_Schema):
@@ -114,8 +114,8 @@ class _ResponseFormat(_Schema):
 
 
 class _StreamOptions(_Schema):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False
 
 
 class _Chat(_Schema):
@@ -214,7 +214,7 @@ def parse_chat(body: Any) -> ChatRequest:
         params=params,
         n=chat.n,
         stream=chat.stream,
-        include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
+        include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
         truncate=chat.truncation == "auto",
         token_ids=chat.vlmchat_token_ids,
         prefixes=prefix_hashes(body["messages"]),

@@ -8,7 +8,7 @@ next worker goes on. No I/O.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from vlmchat.server.registry import Worker
 
 PATH = "/v1/chat/completions"
 _MAX_EVENT_BYTES = 16 * 2**20
+_MAX_CHOICES = 128  # OpenAI's; workers take fewer
 _TOKEN_IDS = "vlmchat_token_ids"
 
 
@@ -54,16 +55,15 @@ class OpenAIWire:
     """See `failover.Wire`. Items are chunks, as the client is to have them."""
 
     def __init__(self, body: Item, include_usage: bool) -> None:
-        """body: the client's request, checked as far as `n` goes. include_usage: send that chunk,
-        whether or not the client asks for it.
-        """
+        """body: the client's request. include_usage: send that chunk, asked for or not."""
         self._body = body
         self._wants_ids = body.get(_TOKEN_IDS) is True
         self._include_usage = include_usage
         given = body.get("vlmchat_resume")
         self._given = given if isinstance(given, list) else []
         count = body.get("n")
-        self._choices = [_Choice() for _ in range(count if isinstance(count, int) else 1)]
+        asked = count if type(count) is int and 1 <= count <= _MAX_CHOICES else 1
+        self._choices = [_Choice() for _ in range(asked)]
         self._first: Item | None = None  # the first chunk: the answer's id, time and model
         self._held: list[Item] = []  # ends of choices, until the stream has ended well
         self._lines = b""
@@ -93,20 +93,18 @@ class OpenAIWire:
                 body["vlmchat_resume"] = [*self._given, *choice.ids]
         return PATH, body
 
-    def feed(self, chunk: bytes) -> list[Item]:
+    def feed(self, chunk: bytes) -> Iterator[Item]:
         """See `failover.Wire.feed`."""
         *lines, self._lines = (self._lines + chunk).replace(b"\r\n", b"\n").split(b"\n")
         if len(self._lines) > _MAX_EVENT_BYTES:
             raise WorkerLost("sent an event without end")
-        items: list[Item] = []
         for line in lines:
             if line.startswith(b"data:") and not self.done:
-                items += self._event(line[5:].strip())
-        if items:
-            self.begun = True
-        return items
+                for item in self._event(line[5:].strip()):
+                    self.begun = True
+                    yield item
 
-    def end(self) -> list[Item]:
+    def end(self) -> Iterator[Item]:
         """See `failover.Wire.end`."""
         raise WorkerLost("cut its answer off")
 

@@ -26,7 +26,7 @@ from vlmchat.errors import ConfigError, Forbidden, InvalidRequest, NetworkError
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK = ("127.0.0.0/8", "::1", "localhost")
 _MAX_ANSWER_BYTES = 2**20  # of answers that are read whole
-_FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\x9f\\@?#]")
+_FORBIDDEN_IN_URL = re.compile(r"[^\x21-\x7e]|[\\@?#]")
 _HTTPCORE_ERRORS = (
     httpcore2.TimeoutException,
     httpcore2.NetworkError,

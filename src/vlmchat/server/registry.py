@@ -17,6 +17,7 @@ from vlmchat.server.dispatch import Choose
 
 HEART_BEAT_S = 15.0  # LLaVA's worker beats so often
 EXPIRY_S = 30.0  # LLaVA's controller: older beats are a dead worker's
+_MAX_NAME = 512
 _KEPT_PREFIXES = 4096  # of each worker: some 400 kB
 _KNOWN_FOR_S = 600.0  # a model without workers is waited for, not denied, for so long
 
@@ -36,13 +37,17 @@ class WorkerStatus:
         if not isinstance(body, Mapping):
             raise InvalidRequest("worker_status is not an object")
         names, speed, queue = (body.get(k) for k in ("model_names", "speed", "queue_length"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(map(_is_name, names)):
             raise InvalidRequest("worker_status.model_names is not a list of names")
         if not _is_count(speed) or not _is_count(queue):
             raise InvalidRequest("worker_status.speed and .queue_length are not numbers from 0 on")
         ours = body.get("vlmchat")
         known = ours if isinstance(ours, Mapping) else {}
         return cls(tuple(dict.fromkeys(names)), speed, int(queue), known)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= _MAX_NAME
 
 
 def _is_count(value: Any) -> TypeGuard[int | float]:
@@ -186,8 +191,7 @@ class Registry:
         worker.report(queue_length, self._clock())
         if ours:
             status = worker.status
-            merged = {**status.ours, **ours}
-            worker.status = WorkerStatus(status.models, status.speed, queue_length, merged)
+            worker.status = WorkerStatus(status.models, status.speed, queue_length, ours)
         self._note(worker, ours or {})
         return True
 
@@ -195,7 +199,7 @@ class Registry:
         self._seen.update(dict.fromkeys(worker.status.models, self._clock()))
         prefixes = ours.get("prefixes")
         if isinstance(prefixes, list):
-            worker.note_prefixes([prefix for prefix in prefixes if isinstance(prefix, str)][:64])
+            worker.note_prefixes([prefix for prefix in prefixes[:64] if _is_name(prefix)])
 
     def remove(self, name: str) -> None:
         """Forget a worker."""

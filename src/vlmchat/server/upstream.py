@@ -13,7 +13,7 @@ from itertools import count
 
 from vlmchat.client import Client
 from vlmchat.conversation import Conversation, Image, Message
-from vlmchat.errors import InvalidRequest, UnsupportedParameter
+from vlmchat.errors import ConfigError, InvalidRequest, UnsupportedParameter
 from vlmchat.request import PromptSize, SamplingParams, Status, Stream
 
 IMAGE_MARKER = "<image>"
@@ -32,8 +32,13 @@ class Upstream:
     """A server at `url` behind a worker."""
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
-        """model: its name there; None takes the only one. Raises what `Client` does."""
-        self._client = Client(url, api_key, model)
+        """model: its name there, where it has several. Raises what `Client` does."""
+        try:
+            self._client = Client(url, api_key)
+        except ConfigError:
+            if model is None:
+                raise
+            self._client = Client(url, api_key, model)
 
     def stream(self, conversation: Conversation, params: SamplingParams) -> Stream:
         """See `Backend.stream`. Raises UnsupportedParameter for what the wire has no words for."""

@@ -268,8 +268,10 @@ class Worker:
             async with asyncio.timeout(self.policy.drain_s):
                 await self._until_idle()
         except TimeoutError:
+            ended = Unavailable("the server shuts down; ask another one")
+            self.admission.abandon(ended)
             for begun in list(self._under_way):
-                begun.answers.fail(Unavailable("the server shuts down; ask another one"))
+                begun.answers.fail(ended)
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._until_idle()
