@@ -16,18 +16,24 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from vlmchat.commands.exit import reporting
-from vlmchat.commands.options import AccessOptions, FileOptions, ImageOptions, ModelOptions
+from vlmchat.commands.options import (
+    AccessOptions,
+    EngineOptions,
+    FileOptions,
+    ImageOptions,
+    ModelOptions,
+)
 
 if TYPE_CHECKING:
     import socket
 
-    from vlmchat.config import ModelConfig
+    from vlmchat.config import EngineConfig, ModelConfig
     from vlmchat.request import Backend
     from vlmchat.server.heartbeat import Heartbeat
     from vlmchat.server.worker import Worker
@@ -162,6 +168,7 @@ def worker(
     ctx: typer.Context,
     server: WorkerOptions,
     model: ModelOptions,
+    engine: EngineOptions,
     limits: LimitOptions,
     access: AccessOptions,
     images: ImageOptions,
@@ -169,7 +176,9 @@ def worker(
 ) -> None:
     """Serve a model: OpenAI's chat completions and LLaVA's worker endpoints."""
     with reporting(as_json=server.as_json, debug=server.debug):
-        config = model.build()
+        config, slots = model.build(), engine.build()
+        if slots.max_num_seqs is None:  # those that are answered, and as many prefixes kept for reuse
+            slots = replace(slots, max_num_seqs=2 * limits.concurrency)
         begin_logging(debug=server.debug)
         from vlmchat.server.app import EdgePolicy, Keys
         from vlmchat.server.serve import bind, is_loopback
@@ -196,7 +205,7 @@ def worker(
                 stream_interval=limits.stream_interval,
                 drain_s=limits.drain_timeout,
             )
-            name, load = _loader(config, server)
+            name, load = _loader(config, slots, server)
             trust = controller.__contains__ if keys else lambda client: server.register
             host = Worker(name, policy, edge, log_line, trusts=trust)
             asyncio.run(_serve(host, sock, server, access, load))
@@ -235,7 +244,9 @@ def warn_open(host: str) -> None:
     )
 
 
-def _loader(config: ModelConfig, server: WorkerOptions) -> tuple[str, Callable[[], Backend]]:
+def _loader(
+    config: ModelConfig, slots: EngineConfig, server: WorkerOptions
+) -> tuple[str, Callable[[], Backend]]:
     """The model's name for clients, and what gives its backend. Raises what `Upstream` does."""
     if server.upstream is not None:
         from vlmchat.server.upstream import Upstream
@@ -254,7 +265,7 @@ def _loader(config: ModelConfig, server: WorkerOptions) -> tuple[str, Callable[[
     def load() -> Backend:
         from vlmchat.engine.engine import Engine
 
-        return Engine.load(config, show)
+        return Engine.load(config, show, slots)
 
     return server.model_name or name_of(config.path), load
 
