@@ -160,7 +160,7 @@ class Forbidden(VlmchatError):
 
 
 class Overloaded(VlmchatError):
-    """As many requests wait as may wait; `retry_after_s` says when to ask again."""
+    """The server has too much to do; `retry_after_s` says when to ask again."""
 
     code = "overloaded"
     http_status = 429
@@ -201,22 +201,6 @@ class NetworkError(VlmchatError):
     code = "network"
     http_status = 502
     exit_code = 69
-
-
-class Unauthorized(VlmchatError):
-    """The server refuses the key, or wants one."""
-
-    code = "unauthorized"
-    http_status = 401
-    exit_code = 77
-
-
-class Overloaded(VlmchatError):
-    """The server has too much to do; ask again later."""
-
-    code = "overloaded"
-    http_status = 429
-    exit_code = 75
 
 
 class SomeFailed(VlmchatError):

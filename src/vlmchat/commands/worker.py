@@ -177,7 +177,7 @@ def worker(
     """Serve a model: OpenAI's chat completions and LLaVA's worker endpoints."""
     with reporting(as_json=server.as_json, debug=server.debug):
         config, slots = model.build(), engine.build()
-        if slots.max_num_seqs is None:  # those that are answered, and as many prefixes kept for reuse
+        if slots.max_num_seqs is None:  # as many prefixes are kept for reuse as are answered
             slots = replace(slots, max_num_seqs=2 * limits.concurrency)
         begin_logging(debug=server.debug)
         from vlmchat.server.app import EdgePolicy, Keys
