@@ -23,8 +23,6 @@ VlmchatError
 ├─ NoWorker                 no worker serves the model at present
 ├─ WorkerFailed             one after the other
 ├─ NetworkError             no network, a server that does not answer, a failed download
-├─ Unauthorized             the server wants another key
-├─ Overloaded               the server has too much to do
 ├─ SomeFailed               requests of a batch failed; their lines say why
 ├─ ModelError
 │  ├─ ModelNotFound
