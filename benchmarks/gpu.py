@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan = Plan((60,), (NEW_TOKENS,), widths, asked.runs)
     single = Plan((60,), (NEW_TOKENS,), (1,), asked.runs)
     found: dict[str, Any] = {}
-    parts = {
+    parts: dict[str, Callable[[], Any]] = {
         "bf16": lambda: ours(asked.random, asked.device, None, plan),
         "4bit": lambda: ours(asked.random, asked.device, "4bit", single),
         "generate": lambda: llava_way(asked.random, asked.device, min(CLIENTS, max(widths))),

@@ -154,7 +154,8 @@ class Questions:
         return " ".join(str(self.draw.randrange(1000)) for _ in range(words))
 
     def _count(self, text: str) -> int:
-        return self.backend.count(Conversation().ask(text)).tokens
+        size = self.backend.count(Conversation().ask(text))
+        return size.tokens if size is not None else len(text.split())
 
 
 def noise(seed: int, side: int = PICTURE_SIDE) -> Image:

@@ -308,7 +308,12 @@ def test_engine_ends_at_once_what_was_answered_before(engine: Engine) -> None:
 
 def test_engine_tells_what_it_does_and_has_done(engine: Engine) -> None:
     reached, go_on = threading.Event(), threading.Event()
-    runner_of(engine).before_step = lambda kind: (reached.set(), go_on.wait(10), None)[2]
+
+    def wait(kind: str) -> None:
+        reached.set()
+        go_on.wait(10)
+
+    runner_of(engine).before_step = wait
     streams = [engine.stream(QUESTION, GREEDY) for _ in range(5)]
     assert reached.wait(10)
     load = engine.status().load
@@ -326,7 +331,12 @@ def test_engine_tells_what_it_does_and_has_done(engine: Engine) -> None:
 
 def test_engine_cancels_between_the_parts_of_a_prompt(engine: Engine) -> None:
     reached, go_on = threading.Event(), threading.Event()
-    runner_of(engine).before_step = lambda kind: (reached.set(), go_on.wait(10), None)[2]
+
+    def wait(kind: str) -> None:
+        reached.set()
+        go_on.wait(10)
+
+    runner_of(engine).before_step = wait
     engine._scheduler._max_num_batched_tokens = 4
     stream = engine.stream(QUESTION, GREEDY)
     assert reached.wait(10)

@@ -15,8 +15,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 
 from tests.engine.reference import Reference
@@ -203,10 +202,19 @@ def wait_until_idle(engine: Engine) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("kind", ["eager", "static"])
-def test_random_streams_give_each_answer_as_alone(kind: str, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    reference = Reference(make_family("llava", tmp_path / "model"))
+@pytest.mark.parametrize(
+    ("family", "kind", "examples"),
+    [
+        ("llava", "eager", 6),
+        ("llava", "static", 12),
+        ("gemma3", "eager", 3),
+        ("qwen2_vl", "eager", 3),
+    ],
+)
+def test_random_streams_give_each_answer_as_alone(
+    family: str, kind: str, examples: int, tmp_path: Path
+) -> None:
+    reference = Reference(make_family(family, tmp_path / "model"))
     model, hf_processor = reference.model, reference.processor
     spec = replace(
         read_spec(model.config, model.generation_config, hf_processor), context_length=CONTEXT
@@ -222,14 +230,16 @@ def test_random_streams_give_each_answer_as_alone(kind: str, tmp_path: Path) -> 
     )  # fmt: skip
     engine._row_cost = Free()
     Streams.engine, Streams.alone = engine, alone
-    how = settings(max_examples=12, stateful_step_count=25, deadline=None, derandomize=True)
+    how = settings(max_examples=examples, stateful_step_count=15, deadline=None, derandomize=True)
     machine = Streams.TestCase
-    machine.settings = settings(how, suppress_health_check=list(HealthCheck))
+    machine.settings = settings(
+        how, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    )
     try:
         machine("runTest").runTest()
         load = engine.status().load
         assert load is not None
-        assert load.accepted > 50
+        assert load.accepted > 10
         assert load.cached_tokens > load.prompt_tokens / 4
     finally:
         engine.close()

@@ -123,10 +123,10 @@ def _picture_flops(bare: Any) -> float:
     vision = getattr(bare.config, "vision_config", None)
     tower = getattr(getattr(bare, "model", bare), "vision_tower", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if tower is None or not isinstance(size, int) or not isinstance(patch, int):
+    if vision is None or tower is None or not isinstance(size, int) or not isinstance(patch, int):
         return 0.0
     positions = (size // patch) ** 2 + 1
     attention = 4.0 * vision.num_hidden_layers * vision.hidden_size * positions**2
     projector = getattr(bare.model, "multi_modal_projector", None)
     weights = _linear_weights(tower) + (_linear_weights(projector) if projector else 0)
-    return 2.0 * weights * positions + attention
+    return float(2.0 * weights * positions + attention)

@@ -25,7 +25,9 @@ NOT_A_NUMBER = -1  # drawn where the logits are none, as after an overflow in fl
 class GrammarMask(Protocol):
     """What form one answer must have, and how far it has come."""
 
-    finished: bool  # nothing may follow: the answer ends
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow: the answer ends."""
 
     def allowed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [V] as given, but -inf where a token must not follow."""

@@ -55,7 +55,7 @@ def spare_imports() -> None:
         return
     package = importlib.util.module_from_spec(spec)
     package.__class__ = _Later
-    sys.modules[COMPILER] = torch._dynamo = package  # type: ignore[assignment]
+    sys.modules[COMPILER] = torch._dynamo = package
     importlib.import_module(f"{COMPILER}.{_WANTED}")
     del package.__path__
 
