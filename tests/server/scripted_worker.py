@@ -100,7 +100,8 @@ class ScriptedWorker:
             yield event({"content": f"{self.voice}{number} "}, reason, [number])
         if (body.get("stream_options") or {}).get("include_usage"):
             count = min(limit, self.words)
-            usage = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}
+            usage: dict[str, Any] = {"prompt_tokens": 5, "completion_tokens": count}
+            usage |= {"total_tokens": 5 + count, "prompt_tokens_details": {"cached_tokens": 3}}
             yield b"data: " + json.dumps({**head, "choices": [], "usage": usage}).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 

@@ -120,6 +120,14 @@ async def test_controller_relays_a_stream_as_it_is() -> None:
 
 
 @run_async
+async def test_controller_sends_no_usage_to_who_does_not_ask_for_it() -> None:
+    async with site(ScriptedWorker()) as place:
+        chunks = await place.chunks()
+        assert place.controller.registry.workers[0].prompt_tokens == 5
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+@run_async
 async def test_controller_puts_an_answer_together_for_who_does_not_stream() -> None:
     async with site(ScriptedWorker()) as place:
         answer = (await place.chat()).json()
@@ -277,7 +285,8 @@ async def test_controller_shows_how_it_stands() -> None:
         metrics = (await place.http.get("/metrics")).text
         ready = await place.http.get("/ready")
     assert (shown["requests"], shown["models"], shown["under_way"]) == (1, ["m"], 0)
-    assert shown["workers"][0]["leases"] == 0
+    worker = shown["workers"][0]
+    assert (worker["leases"], worker["hit_rate"]) == (0, 0.6)
     assert "vlmchat_controller_requests_total 1.0" in metrics
     assert ready.status_code == 200
 

@@ -82,12 +82,8 @@ def test_queue_is_bounded_in_prompt_tokens() -> None:
 
 
 def test_long_prefill_is_bridged_by_pings() -> None:
-    class Slow(ScriptedBackend):
-        def stream(self, conversation: Any, params: Any) -> Any:
-            threading.Event().wait(0.5)
-            return super().stream(conversation, params)
-
-    with running(Slow(), WorkerPolicy(ping_s=0.1)) as up, up.http() as http:
+    slow = ScriptedBackend(["word"], delay_s=0.5)
+    with running(slow, WorkerPolicy(ping_s=0.1)) as up, up.http() as http:
         text = http.post("/v1/chat/completions", json=STREAM).text
     assert text.startswith(": ping\n\n")
     assert text.endswith("data: [DONE]\n\n")

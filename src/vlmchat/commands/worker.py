@@ -182,7 +182,7 @@ def worker(
         begin_logging(debug=server.debug)
         from vlmchat.server.app import EdgePolicy, Keys
         from vlmchat.server.serve import bind, is_loopback
-        from vlmchat.server.worker import Worker, WorkerPolicy
+        from vlmchat.server.worker import DECODERS, Worker, WorkerPolicy
 
         keys = access.keys()
         controller = Keys((access.registration_key,) if access.registration_key else ())
@@ -201,6 +201,7 @@ def worker(
                 max_waiting_tokens=limits.max_queue_tokens,
                 max_images=limits.max_images,
                 images=images.build(),
+                decoders=limits.concurrency if server.upstream else DECODERS,
                 ping_s=limits.ping_interval,
                 stream_interval=limits.stream_interval,
                 drain_s=limits.drain_timeout,

@@ -30,8 +30,8 @@ class Answers:
     """The answers to one request, one for each of `choices`, `width` at a time.
 
     freed() is called for each unit of the width once its stream has really ended, also when the
-    client has long left; seen(piece) when a piece is handed out. Iterate it once, then `close` it,
-    whatever happened.
+    client has long left; seen(piece) when a piece is handed out. `begin`, iterate it once, then
+    `close` it, whatever happened.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class Answers:
         seen: Callable[[Piece], None],
     ) -> None:
         self._seen = seen
-        self._backend, self._conversation = backend, conversation
+        self._backend = backend
+        self._conversation: Conversation | None = conversation  # until all have begun
+        self._to_encode = len(choices)
         self._choices, self._pool, self._freed = choices, pool, freed
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
@@ -55,10 +57,14 @@ class Answers:
         self._begun: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def begin(self) -> None:
+        """Begin as many as go side by side; returns once the backend has their prompts."""
         first, self._first = self._first, range(0)
         for choice in first:
             self._begin(choice)
+        await asyncio.wait(list(self._begun))
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
         left = len(self._choices)
         while left:
             item = await self._items.get()
@@ -96,6 +102,9 @@ class Answers:
         except Exception as error:  # of any kind: it is the client's to hear
             self._ended(error)
             return
+        self._to_encode -= 1
+        if not self._to_encode:
+            self._conversation = None  # its pictures are large, and nobody needs them any more
         self._streams.add(stream)
         if self._closed:
             stream.cancel()
@@ -104,7 +113,7 @@ class Answers:
         ).start()
 
     def _stream(self, params: SamplingParams) -> Stream:
-        if self._closed:
+        if self._closed or self._conversation is None:
             raise Unavailable("the client has left")
         return self._backend.stream(self._conversation, params)
 

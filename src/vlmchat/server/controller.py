@@ -496,7 +496,7 @@ def _model_object(model: str, context_length: int | None) -> Item:
 def _described(worker: Worker, now: float) -> Item:
     """A worker, as `vlmchat status` shows it."""
     ours = worker.status.ours
-    prompt, cached = ours.get("prompt_tokens"), ours.get("cached_tokens")
+    prompt, cached = worker.prompt_tokens, worker.cached_tokens
     return {
         "name": worker.name,
         "models": list(worker.status.models),
@@ -506,7 +506,7 @@ def _described(worker: Worker, now: float) -> Item:
         "leases": worker.leases,
         "limit": ours.get("limit"),
         "speed": worker.speed,
-        "hit_rate": round(cached / prompt, 4) if prompt and isinstance(cached, int) else None,
+        "hit_rate": round(cached / prompt, 4) if prompt else None,
         "last_heart_beat_s": round(now - worker.last_beat, 1),
         "check_heart_beat": worker.check_heart_beat,
         "context_length": ours.get("context_length"),

@@ -82,6 +82,7 @@ class Wire(Protocol):
 
     done: bool
     begun: bool  # something of the answer has gone to the client
+    usage: Any  # OpenAI's object of token counts, where the worker tells it
 
     def fits(self, worker: Worker) -> bool:
         """Whether the worker speaks this."""
@@ -140,6 +141,7 @@ class Relay:
                         async for item in parts:
                             in_a_row, self._stuck_since = 0, None
                             yield item
+                    worker.note_usage(self._wire.usage)
                     continue
                 except Refusal as refusal:
                     if not refusal.elsewhere:

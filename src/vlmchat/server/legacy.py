@@ -270,6 +270,7 @@ class LegacyWire:
         self._base = self._prompt  # what stands before the text that this worker adds
         self._again = False  # this worker says it all once more
         self._behind = False  # and has not come as far as the one before
+        self.usage: Any = None
         self.done = False
         self.begun = False
 

@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,6 @@ from vlmchat.errors import InvalidRequest, PromptTooLong, UnsupportedParameter
 from vlmchat.request import DrawnToken, FinishReason, Grammar, SamplingParams, Usage
 from vlmchat.server.dispatch import prefix_hashes
 from vlmchat.server.pictures import Source
-from vlmchat.session import Trimmed
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -405,10 +404,19 @@ def overflow(error: PromptTooLong, context_length: int) -> PromptTooLong:
     return told
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """How much truncation dropped."""
+
+    turns: int = 0
+    tokens: int = 0
+    images: int = 0
+
+
 class Reply:
     """One answer's JSON, whole or in chunks."""
 
-    def __init__(self, request: ChatRequest, model: str, trimmed: Trimmed) -> None:
+    def __init__(self, request: ChatRequest, model: str, dropped: Dropped) -> None:
         self._request = request
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -418,11 +426,7 @@ class Reply:
         }
         self._trimmed: dict[str, Any] = {}
         if request.truncate:
-            self._trimmed["vlmchat_trimmed"] = {
-                "turns": trimmed.turns,
-                "tokens": trimmed.tokens,
-                "images": len(trimmed.images),
-            }
+            self._trimmed["vlmchat_trimmed"] = asdict(dropped)
 
     def first_chunk(self, choice: int) -> dict[str, Any]:
         """Before anything is said."""

@@ -69,6 +69,7 @@ class OpenAIWire:
         self._lines = b""
         self._only: int | None = None  # the one choice that this worker goes on with
         self._overlap: Overlap | None = None
+        self.usage: Any = None  # what the last worker said of its tokens
         self.done = False
         self.begun = False
 
@@ -80,8 +81,7 @@ class OpenAIWire:
         """See `failover.Wire.request`."""
         self._held, self._lines, self._only, self._overlap = [], b"", None, None
         body = {**self._body, "stream": True, _TOKEN_IDS: True}
-        if self._include_usage:
-            body["stream_options"] = {"include_usage": True}
+        body["stream_options"] = {"include_usage": True}
         if self.begun:
             self._only = next(i for i, c in enumerate(self._choices) if not c.finished)
             choice = self._choices[self._only]
@@ -133,7 +133,9 @@ class OpenAIWire:
         if self._only is not None and not self._choices[self._only].finished:
             raise WorkerLost("ended without a reason")
         self.done = self._only is None or all(choice.finished for choice in self._choices)
-        return items if self.done else [item for item in items if item["choices"]]
+        self.usage = next((item.get("usage") for item in items if not item["choices"]), None)
+        whole = self.done and self._include_usage
+        return items if whole else [item for item in items if item["choices"]]
 
     def _chunk(self, chunk: Item) -> list[Item]:
         first = self._first = self._first or chunk

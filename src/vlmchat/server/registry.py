@@ -72,6 +72,8 @@ class Worker:
     healthy: bool = True
     trouble: str = ""
     last_token: float = float("-inf")
+    prompt_tokens: int = 0  # of answers that ended there
+    cached_tokens: int = 0
     prefixes: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     @property
@@ -105,6 +107,14 @@ class Worker:
             self.prefixes.move_to_end(prefix)
         while len(self.prefixes) > _KEPT_PREFIXES:
             self.prefixes.popitem(last=False)
+
+    def note_usage(self, usage: Any) -> None:
+        """Count an answer's tokens, as OpenAI's usage object has them."""
+        details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+        cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+        if isinstance(cached, int) and isinstance(usage.get("prompt_tokens"), int):
+            self.prompt_tokens += usage["prompt_tokens"]
+            self.cached_tokens += cached
 
     def fail(self, trouble: str) -> None:
         """No more requests until `recover` or a new registration."""

@@ -12,8 +12,9 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -39,12 +40,13 @@ from vlmchat.server.legacy import GenerateRequest, worker_routes
 from vlmchat.server.metrics import CONTENT_TYPE, Metrics
 from vlmchat.server.pictures import Pictures, Source, is_remote
 from vlmchat.server.relayed import with_pings
-from vlmchat.session import Trimmed, fit
+from vlmchat.session import fit
 
 CHARACTERS_PER_TOKEN = 3  # a guess on the high side, for the queue's limit only
 FIRST_GUESS_IMAGE_TOKENS = 576  # LLaVA-1.5's; then what pictures took lately
 # Kept free by truncation where the request names no max_tokens, or none can be told.
 ROOM_FOR_ANSWER = 512
+DECODERS = 2
 KEPT_PREFIXES = 64
 DRAIN_STEP_S = 0.05
 PING = b": ping\n\n"  # a comment, which keeps proxies from giving up
@@ -60,7 +62,7 @@ class WorkerPolicy:
     max_waiting_tokens: int = 262_144
     max_images: int = 16
     images: ImagePolicy = field(default_factory=ImagePolicy)
-    decoders: int = 2  # pictures and prompts made ready at a time
+    decoders: int = DECODERS  # pictures and prompts made ready at a time
     fetchers: int = 16  # pictures fetched at a time
     ping_s: float = 10.0
     stream_interval: int = 1
@@ -91,7 +93,7 @@ class Begun:
     """A request that has its turn: iterate `answers`; `trimmed` is what truncation dropped."""
 
     answers: Answers
-    trimmed: Trimmed
+    trimmed: openai.Dropped
 
 
 class Worker:
@@ -124,6 +126,7 @@ class Worker:
         self._resumes = True
         self._pictures = Pictures(policy.images, policy.max_images)
         self._decoders = ThreadPoolExecutor(policy.decoders, "vlmchat-prepare")
+        self._preparing = asyncio.Semaphore(policy.decoders)
         self._fetchers = ThreadPoolExecutor(policy.fetchers, "vlmchat-fetch")
         self._image_tokens = float(FIRST_GUESS_IMAGE_TOKENS)
         self._under_way: set[Begun] = set()
@@ -197,32 +200,15 @@ class Worker:
             client = self._client(request)
             ticket = await self.admission.enter(client, width, self._guess_tokens(work))
             watch.turn()
-            try:
-                prepare = asyncio.get_running_loop().run_in_executor(
-                    self._decoders, self._prepare, backend, work, fetched
-                )
-                conversation, params, trimmed = await prepare
-            except BaseException:
-                self.admission.leave(ticket, width)
-                raise
-            answers = Answers(
-                backend,
-                conversation,
-                params,
-                width,
-                self._decoders,
-                lambda: self.admission.leave(ticket, 1),
-                watch.seen,
-            )
-            begun = Begun(answers, trimmed)
-            self._under_way.add(begun)
+            free = partial(self.admission.leave, ticket)
+            begun = await self._begun(backend, work, fetched, width, free, watch)
+            del fetched
             try:
                 yield begun
                 watch.answered()
                 self._remember(work.prefixes)
             finally:
-                self._under_way.discard(begun)
-                answers.close()
+                self._end(begun)
                 self._learn(watch.usage(), len(work.sources))
         except EngineDead:
             self._dead = True
@@ -230,6 +216,40 @@ class Worker:
         finally:
             self._num_active -= 1
             self.changed()
+
+    async def _begun(
+        self,
+        backend: Backend,
+        work: Work,
+        fetched: dict[str, bytes],
+        width: int,
+        free: Callable[[int], None],
+        watch: _Watch,
+    ) -> Begun:
+        """Pictures decoded, the prompt handed to the backend: few at a time have memory for it."""
+        loop = asyncio.get_running_loop()
+        with ExitStack() as on_failure:
+            on_failure.callback(free, width)
+            async with self._preparing:
+                conversation, params, dropped = await loop.run_in_executor(
+                    self._decoders, self._prepare, backend, work, fetched
+                )
+                freed = partial(free, 1)
+                answers = Answers(
+                    backend, conversation, params, width, self._decoders, freed, watch.seen
+                )
+                del conversation
+                begun = Begun(answers, dropped)
+                self._under_way.add(begun)
+                on_failure.pop_all()
+                on_failure.callback(self._end, begun)
+                await answers.begin()
+                on_failure.pop_all()
+            return begun
+
+    def _end(self, begun: Begun) -> None:
+        self._under_way.discard(begun)
+        begun.answers.close()
 
     @asynccontextmanager
     async def answers(
@@ -306,20 +326,21 @@ class Worker:
 
     def _prepare(
         self, backend: Backend, work: Work, fetched: dict[str, bytes]
-    ) -> tuple[Conversation, tuple[SamplingParams, ...], Trimmed]:
+    ) -> tuple[Conversation, tuple[SamplingParams, ...], openai.Dropped]:
         """In a thread: pictures decoded, the conversation inside the context."""
         context = backend.status().context_length
         images = self._pictures.decode(work.sources, fetched)
         conversation = work.conversation(images)
-        wanted, trimmed = work.params[0].max_new_tokens, Trimmed()
+        wanted, dropped = work.params[0].max_new_tokens, openai.Dropped()
         if work.truncate:
             room = wanted or min(ROOM_FOR_ANSWER, context // 4)
             conversation, trimmed = fit(conversation, backend, context - room)
+            dropped = openai.Dropped(trimmed.turns, trimmed.tokens, len(trimmed.images))
         if wanted and not work.clamp:
-            return conversation, work.params, trimmed
+            return conversation, work.params, dropped
         left = _room_left(backend, conversation)
         most = min(wanted or left, left)
-        return conversation, tuple(replace(p, max_new_tokens=most) for p in work.params), trimmed
+        return conversation, tuple(replace(p, max_new_tokens=most) for p in work.params), dropped
 
     def _remember(self, prefixes: Sequence[str]) -> None:
         for prefix in prefixes:
