@@ -121,6 +121,7 @@ def compare(expected: dict[str, Any]) -> int:
         for span in reversed(prompt.images):
             ids[span.start : span.stop] = [-200]
         logits = runner.prefill(0, prompt, 0, len(prompt.ids))
+        assert logits is not None
         distance = float((logits - torch.tensor(turn["logits"])).abs().max())
         tokens = [int(logits.argmax())]
         while len(tokens) < len(turn["tokens"]):

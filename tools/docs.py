@@ -31,13 +31,13 @@ Every option can be set in four places. The first that is set wins:
 4. the default.
 
 In the settings file a key is an option's name without the dashes before it: `temperature = 0`,
-`model-path = "demo"`. Keys may stand under the name of a command, such as `[chat]` or `[batch]`, and
-win there; elsewhere each command takes those that it has. `vlmchat config` shows what is in force for
-`vlmchat chat` and where it comes from, as a settings file. The table `[models]` holds aliases:
-`llava = "liuhaotian/llava-v1.5-7b"` lets `--model-path llava` and `vlmchat models show llava` mean
-that model; an alias wins over a directory of the same name in the working directory, which is
-`./llava`. A resumed session keeps its own model, system prompt and sampling options, unless a flag or
-a variable says otherwise.
+`model-path = "demo"`. Keys may stand under the name of a command, such as `[chat]` or `[batch]`,
+and win there; elsewhere each command takes those that it has. `vlmchat config` shows what is in
+force for `vlmchat chat` and where it comes from, as a settings file. The table `[models]` holds
+aliases: `llava = "liuhaotian/llava-v1.5-7b"` lets `--model-path llava` and
+`vlmchat models show llava` mean that model; an alias wins over a directory of the same name in the
+working directory, which is `./llava`. A resumed session keeps its own model, system prompt and
+sampling options, unless a flag or a variable says otherwise.
 
 Shell completion: `vlmchat --install-completion`.
 """

@@ -104,10 +104,10 @@ def test_a_lone_surrogate_in_a_message_becomes_a_question_mark(processor: Proces
     assert processor.encode(broken) == processor.encode(mended)
 
 
-def test_resume_point_never_lies_inside_a_picture(processor: Processor) -> None:
+def test_prompt_is_not_cut_inside_a_picture(processor: Processor) -> None:
     prompt = processor.encode(Conversation().ask("what", (A,)))
     start, stop = prompt.images[0].start, prompt.images[0].stop
-    assert [prompt.resume_point(n) for n in (start, start + 1, stop - 1, stop)] == [
+    assert [prompt.cut(n) for n in (start, start + 1, stop - 1, stop)] == [
         start,
         start,
         start,

@@ -406,10 +406,10 @@ def overflow(error: PromptTooLong, context_length: int) -> PromptTooLong:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """How much truncation dropped."""
+    """How much truncation dropped. tokens: None where the backend cannot count them."""
 
     turns: int = 0
-    tokens: int = 0
+    tokens: int | None = 0
     images: int = 0
 
 

@@ -46,12 +46,9 @@ class Upstream:
             raise UnsupportedParameter("vlmchat_resume is not served by the server behind this one")
         return self._client.stream(_plain(conversation), params)
 
-    def count(self, conversation: Conversation) -> PromptSize:
-        """See `Backend.count`. Raises UnsupportedParameter where the server does not count."""
-        size = self._client.count(_plain(conversation))
-        if size is None:
-            raise UnsupportedParameter("the server behind this one does not count tokens")
-        return size
+    def count(self, conversation: Conversation) -> PromptSize | None:
+        """See `Backend.count`."""
+        return self._client.count(_plain(conversation))
 
     def status(self) -> Status:
         """See `Backend.status`; context_length 0: the server does not tell."""

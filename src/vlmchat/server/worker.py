@@ -269,14 +269,17 @@ class Worker:
             yield (piece.delta async for piece in begun.answers)
 
     async def size(self, work: Work, request: Request) -> PromptSize:
-        """The tokens of `work`'s prompt."""
+        """The tokens of `work`'s prompt. Raises UnsupportedParameter where nobody counts them."""
         backend = self.backend
         self._pictures.check(work.sources)
         fetched = await self._fetch(work.sources, request)
 
         def count() -> PromptSize:
             images = self._pictures.decode(work.sources, fetched)
-            return backend.count(work.conversation(images))
+            size = backend.count(work.conversation(images))
+            if size is None:
+                raise UnsupportedParameter("the server behind this one does not count tokens")
+            return size
 
         return await asyncio.get_running_loop().run_in_executor(self._decoders, count)
 
@@ -499,9 +502,8 @@ class Worker:
 
 def _room_left(backend: Backend, conversation: Conversation) -> int:
     """Tokens that an answer may have; a guess where the backend cannot count."""
-    try:
-        size, context = backend.count(conversation), backend.status().context_length
-    except UnsupportedParameter:
+    size, context = backend.count(conversation), backend.status().context_length
+    if size is None:
         return ROOM_FOR_ANSWER
     if size.tokens >= context > 0:
         raise PromptTooLong(size.tokens, context - 1, size.image_tokens)
