@@ -927,6 +927,9 @@ _SUFFIXES = Phrasings(
         " exactly",
         " in this scene",
         " there",
+        " shown above",
+        " that I gave you above",
+        " in the above image",
     ),
     (" in the given image", " in this photo", " in the picture above", " on this picture"),
 )

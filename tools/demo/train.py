@@ -71,7 +71,7 @@ def asking(pictures: Pictures, rng: random.Random) -> list[samples.Sample]:
     """Questions and conversations about one picture, two pictures or none."""
     scenes, weights = pictures.scenes, samples.WEIGHTS
     choose = rng.random()
-    if choose < 0.84:
+    if choose < 0.80:
         return [
             samples.picture_sample(i, scene, rng, 12, weights, 0.2)
             for i, scene in enumerate(scenes)
