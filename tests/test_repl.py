@@ -341,8 +341,7 @@ def test_repl_deletes_a_session_but_not_the_one_it_is_in(room: Room) -> None:
 
 def test_repl_saves_the_chat_by_itself(room: Room) -> None:
     said = room.type("What?")
-    name = room.store.latest()
-    assert name is not None
+    (name,) = room.store.names()
     assert f"saved as {name}" in said
     assert room.store.load(name).conversation == room.session.conversation
 

@@ -201,11 +201,11 @@ def test_store_lists_sessions_newest_first_and_broken_ones_too(
     assert (circles.name, circles.turns, circles.first_words) == ("circles", 3, "Hello")
 
 
-def test_store_knows_the_session_written_last(store: SessionStore) -> None:
-    assert store.latest() is None
+def test_store_names_the_session_written_last_first(store: SessionStore) -> None:
+    assert store.names() == ()
     store.save(SAVED)
     store.save(replace(SAVED, name="later"))
-    assert store.latest() == "later"
+    assert store.names() == ("later", "circles")
 
 
 def test_store_deletes_pictures_that_no_session_needs(store: SessionStore, tmp_path: Path) -> None:

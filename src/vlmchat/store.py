@@ -76,10 +76,6 @@ class SessionStore:
         """Whether a session of that name was saved."""
         return self._path(name).exists()
 
-    def latest(self) -> str | None:
-        """The name of the session that was written last."""
-        return next(iter(self.names()), None)
-
     def names(self) -> tuple[str, ...]:
         """The names of all sessions, the newest first; no file is opened."""
         paths = sorted(self._sessions.glob("*.json"), key=_modified, reverse=True)

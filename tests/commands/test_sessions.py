@@ -24,6 +24,17 @@ def test_continue_takes_the_session_that_was_written_last(cli: Cli) -> None:
     assert [turn.user.text for turn in cli.backend.seen[2].turns] == ["two"]
 
 
+def test_continue_looks_past_a_session_that_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
+    cli("chat", "--session", "a", "-p", "one")
+    cli("chat", "--session", "b", "-p", "two")
+    (broken,) = tmp_path.rglob("b.json")
+    broken.write_text("{")
+    run = cli("chat", "--continue", "-p", "three")
+    assert [turn.user.text for turn in cli.backend.seen[2].turns] == ["one"]
+    assert f"{broken}" in run.err
+    assert "looking for an older session" in run.err
+
+
 def test_session_keeps_model_system_and_sampling_when_no_flag_says_otherwise(cli: Cli) -> None:
     first = ["--model-path", "demo", "--system", "Be brief.", "--top-k", "5", "--seed", "1"]
     cli("chat", "--session", "a", "-p", "x", *first)

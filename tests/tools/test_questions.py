@@ -38,7 +38,7 @@ def all_answers(kind: str) -> set[str]:
     ("kind", "expected", "impossible"),
     [
         ("color", "The star is green.", "The star is red."),
-        ("color", "There are two circles: one red and one blue.", "The circle is red."),
+        ("color", "The circles are red and blue.", "The circle is red."),
         ("shape", "The green object is a star.", "The green object is a circle."),
         ("count", "There are two circles.", "There are three circles."),
         ("count", "There are three objects.", "There are two objects."),

@@ -12,8 +12,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from tools.demo.model import BOS, EOS, IMAGE, PATCHES, SPECIAL_TOKENS, VOCAB_SIZE
+from tools.demo.pool import GRID
 from tools.demo.questions import Pointers, Question
 from tools.demo.samples import Sample
+from tools.demo.scenes import Scene
 from tools.demo.tower import Pictures
 
 IGNORE = -100
@@ -56,6 +58,8 @@ class Batch:
     mentioned: Tensor
     answered: Tensor
     weights: Tensor
+    counted: Tensor
+    count_weights: Tensor
 
 
 class _Row:
@@ -66,7 +70,7 @@ class _Row:
         self.positions: list[int] = [0]
         self.blocks: list[int] = [0]
         self.targets: list[int] = [IGNORE]
-        self.pointers: list[tuple[int, int, Pointers]] = []
+        self.pointers: list[tuple[int, int, Pointers, bool]] = []
 
     def add(self, ids: list[int], block: int, position: int, answer: bool = False) -> int:
         """Append tokens; the token before an answer has the answer's first token as target."""
@@ -77,6 +81,18 @@ class _Row:
         self.blocks += [block] * len(ids)
         self.targets += [*ids[1:], IGNORE] if answer else [IGNORE] * len(ids)
         return position + len(ids)
+
+
+def _mark(
+    lines: np.ndarray, about: Pointers, scene: Scene, covers: np.ndarray, cells: np.ndarray
+) -> None:
+    """Mark the patches of the mentioned and answered shapes, and the latter's middles."""
+    for line, chosen in enumerate((about.mentioned, about.answered)):
+        wanted = [n for n, shape in enumerate(scene.shapes, start=1) if shape in chosen]
+        lines[line, cells[np.isin(covers, wanted)]] = True
+    for shape in scene.shapes:
+        if shape in about.answered:
+            lines[2, cells[int(shape.y * GRID) * GRID + int(shape.x * GRID)]] = True
 
 
 class Encoder:
@@ -134,38 +150,39 @@ class Encoder:
         """Note what the coming answer is about, for descriptions sentence by sentence."""
         place = len(row.ids) - 1
         if question.about:
-            row.pointers.append((place, min(size, 7), question.about))
+            row.pointers.append((place, min(size, 7), question.about, True))
         for text, about in question.spans:
             length = len(self.tokens(text)) or 1
-            row.pointers.append((place, length, about))
+            row.pointers.append((place, length, about, False))
             place += length
 
     def _pointers(
         self, samples: list[Sample], rows: list[_Row], pictures: Pictures, length: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Places that should look at shapes (flat), and the keys they should look at."""
-        places, masks, weights = [], [], []
+    ) -> tuple[Tensor, ...]:
+        """Places that should look at shapes (flat), the keys they should look at, and weights."""
+        places: list[int] = []
+        masks: list[np.ndarray] = []
+        weights: list[tuple[float, float]] = []
         for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-            shown = [n for n, token in enumerate(row.ids) if token == IMAGE_ID]
-            for start, size, about in row.pointers:
-                pair = np.zeros((2, length), bool)
-                for line, chosen in enumerate((about.mentioned, about.answered)):
-                    for k, number in enumerate(sample.pictures):
-                        shapes = pictures.scenes[number].shapes
-                        wanted = [n for n, shape in enumerate(shapes, start=1) if shape in chosen]
-                        cells = np.array(shown[k * PATCHES : (k + 1) * PATCHES])
-                        pair[line, cells[np.isin(pictures.covers[number], wanted)]] = True
-                    pair[line, 0] = not pair[line].any()
+            images = np.flatnonzero(np.array(row.ids) == IMAGE_ID).reshape(-1, PATCHES)
+            for start, size, about, whole in row.pointers:
+                lines = np.zeros((3, length), bool)
+                for number, cells in zip(sample.pictures, images, strict=True):
+                    _mark(lines, about, pictures.scenes[number], pictures.covers[number], cells)
+                lines[:2, 0] = ~lines[:2].any(1)
+                lines[2, 0] = True
                 for place in range(start, start + size):
                     places.append(i * length + place)
-                    masks.append(pair)
+                    masks.append(lines)
                     # Where the answer starts, nothing of it tells where to look.
-                    weights.append(4.0 if place == start else 1.0)
+                    weight = 4.0 if place == start else 1.0
+                    weights.append((weight, weight * whole))
         if not places:
-            empty = torch.zeros((0, length), dtype=torch.bool)
-            return torch.zeros(0, dtype=torch.long), empty, empty, torch.zeros(0)
-        both = torch.from_numpy(np.stack(masks))
-        return torch.tensor(places), both[:, 0], both[:, 1], torch.tensor(weights)
+            empty, none = torch.zeros((0, length), dtype=torch.bool), torch.zeros(0)
+            return torch.zeros(0, dtype=torch.long), empty, empty, none, empty, none
+        wanted, weight = torch.from_numpy(np.stack(masks)), torch.tensor(weights)
+        at = torch.tensor(places)
+        return at, wanted[:, 0], wanted[:, 1], weight[:, 0], wanted[:, 2], weight[:, 1]
 
     def batch(self, samples: list[Sample], shown: Pictures) -> Batch:
         """All samples, padded to the same length."""

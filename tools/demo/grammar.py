@@ -25,6 +25,10 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 CORES: dict[str, Phrasings] = {
     "color": Phrasings(
         _lines("""
@@ -927,6 +931,9 @@ _SUFFIXES = Phrasings(
         " exactly",
         " in this scene",
         " there",
+        " shown above",
+        " that I gave you above",
+        " in the above image",
     ),
     (" in the given image", " in this photo", " in the picture above", " on this picture"),
 )
@@ -1143,15 +1150,43 @@ DISPENSABLE = frozenset(
 )
 
 
+# Beginnings of requests that another verb could stand for.
+VERBS = _words("name tell say give state determine find locate list describe count")
+# Words that say nothing about shapes: a question is the same with one of them in it.
+UNKNOWN = _words(
+    """
+    confirm verify recognise report specify mention indicate detect read provide present output
+    estimate classify label extract recall guess note observe inspect examine analyse consider
+    assess reveal spell announce declare establish ascertain discover notice distinguish clarify
+    return print deliver hand point bring share offer repeat remind inform enlighten figure judge
+    today here's okay ok hmm um great nice thanks friend buddy sir robot computer assistant model
+    quick short brief simple exact precise correct real main single particular given specific
+    certain actual current whole entire available respective clear obvious shown drawn
+     displayed painted illustrated pictured located situated positioned sitting
+    lying standing hiding appearing occurring existing featured included contained rendered
+    canvas frame photograph snapshot screenshot illustration graphic figure file screen sheet
+    still also too just even perhaps probably simply basically honestly kindly surely certainly
+     roughly approximately currently actually properly carefully briefly correctly
+     seeing looking looks appears seems exists occurs features includes represents
+    my your our those such some
+    """
+)
+
+
 def _loose(text: str, rng: random.Random) -> str:
-    """Now and then a filler more or a small word less, as people write."""
+    """Now and then a filler more, a small word less or a verb unheard of, as people write."""
     words = text.split(" ")
-    if rng.random() < 0.07:
-        words.insert(rng.randrange(len(words) + 1), rng.choice(FILLERS))
+    if rng.random() < 0.14:
+        filler = rng.choice(FILLERS if rng.random() < 0.4 else UNKNOWN)
+        words.insert(rng.randrange(len(words) + 1), filler)
     if rng.random() < 0.07 and len(words) > 4:
         small = [i for i, word in enumerate(words) if word.lower() in DISPENSABLE]
         if small:
             words.pop(rng.choice(small))
+    first = words[0].lower()
+    if first in VERBS and rng.random() < 0.3:
+        verb = rng.choice(UNKNOWN)
+        words[0] = verb if words[0].islower() else verb.capitalize()
     return " ".join(words)
 
 

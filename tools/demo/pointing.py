@@ -3,6 +3,8 @@
 Finding "the red circle" among 144 patches from the loss of the words alone takes very long.  One
 head of the second layer is told to look at the shapes that a question mentions, and one of the
 third layer at the shapes that the answer is about (at the first token when there are none).
+Another one of the third layer spreads evenly over the first token and the middles of those shapes,
+so that the share of the first token tells how many there are.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tools.demo.attention import FORBIDDEN
 from tools.demo.batching import Batch
 
 HEADS = ((1, 0), (2, 0))
+COUNTING = (2, 1)
 
 
 def _scores(decoder: Any, hidden: Tensor, layer: int, head: int, positions: Tensor) -> Tensor:
@@ -38,9 +42,24 @@ def pointing_loss(decoder: Any, states: tuple[Tensor, ...], batch: Batch, mask: 
         return torch.zeros(())
     loss = torch.zeros(())
     for (layer, head), wanted in zip(HEADS, (batch.mentioned, batch.answered), strict=True):
-        scores = _scores(decoder, states[layer], layer, head, batch.positions)
-        chosen = (scores.float() + mask.squeeze(1)).flatten(0, 1)[batch.pointing]
-        right = chosen.masked_fill(~wanted, -1e4).logsumexp(-1)
-        missed = chosen.logsumexp(-1) - right
-        loss = loss + (missed * batch.weights).sum() / batch.weights.sum()
-    return loss / len(HEADS)
+        chosen = _chosen(decoder, states, batch, mask, layer, head)
+        right = chosen.masked_fill(~wanted, FORBIDDEN).logsumexp(-1)
+        loss = loss + _mean(chosen.logsumexp(-1) - right, batch.weights)
+    chosen = _chosen(decoder, states, batch, mask, *COUNTING)
+    right = (chosen * batch.counted).sum(-1) / batch.counted.sum(-1)
+    # What even the best attention costs is taken off, so that zero means perfect.
+    best = batch.counted.sum(-1).float().log()
+    counting = _mean(chosen.logsumexp(-1) - right - best, batch.count_weights)
+    return (loss + counting) / 3
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp_min(1.0)
+
+
+def _chosen(
+    decoder: Any, states: tuple[Tensor, ...], batch: Batch, mask: Tensor, layer: int, head: int
+) -> Tensor:
+    """The head's scores at the places that matter, [places, length]."""
+    scores = _scores(decoder, states[layer], layer, head, batch.positions)
+    return (scores.float() + mask.squeeze(1)).flatten(0, 1)[batch.pointing]

@@ -99,6 +99,15 @@ def sentence_spans(shapes: Sequence[Shape]) -> Spans:
     return (*((f" {sentence(shape)}", _same_pointers((shape,))) for shape in shapes), end)
 
 
+def value_spans(lead: str, named: Sequence[tuple[str, Shape]]) -> Spans:
+    """The pieces of "The circles are red, blue and white."."""
+    spans = []
+    for number, (value, shape) in enumerate(named):
+        before = lead if number == 0 else " and" if number == len(named) - 1 else ","
+        spans.append((f"{before} {value}", _same_pointers((shape,))))
+    return (*spans, (".", Pointers((), ())))
+
+
 def name_spans(
     lead: str, shapes: Sequence[Shape], tail: str, mentioned: Sequence[Shape] | None = None
 ) -> Spans:
@@ -223,48 +232,44 @@ def _unique(scene: Scene, rng: random.Random, masks: Sequence[str]) -> tuple[Ref
 
 
 def _attribute(
-    scene: Scene,
-    rng: random.Random,
-    masks: Sequence[str],
-    one: Callable[[Shape], str],
-    several: Callable[[Shape], str],
+    scene: Scene, rng: random.Random, masks: Sequence[str], value: Callable[[Shape], str]
 ) -> Draft:
     """The answer about an attribute, however many shapes the words fit."""
     ref = _pick(scene, rng, masks, 0.13)
     found = ref.select(scene.shapes)
-    about = _same_pointers(found)
     if not found:
-        return Draft(_fill(ref, rng), missing(ref), None, about)
+        return Draft(_fill(ref, rng), missing(ref), None, _same_pointers(()))
     if len(found) == 1:
-        return Draft(_fill(ref, rng), f"The {ref.name()} is {one(found[0])}.", found[0], about)
-    answer = f"{there_are(len(found), ref)}: {join([several(s) for s in found])}."
-    return Draft(_fill(ref, rng), answer, None, about)
+        answer = f"The {ref.name()} is {value(found[0])}."
+        return Draft(_fill(ref, rng), answer, found[0], _same_pointers(found))
+    first = {value(shape): shape for shape in reversed(found)}
+    named = [(value(shape), shape) for shape in found if first[value(shape)] is shape]
+    spans = value_spans(f" The {ref.name(2)} are", named)
+    return Draft(_fill(ref, rng), "".join(text for text, _ in spans).strip(), spans=spans)
 
 
 def make_color(scene: Scene, rng: random.Random) -> Draft:
     """What color is the circle?"""
     masks = ("k", "k", "k", "k", "sk", "sk", "r", "kr")
-    return _attribute(scene, rng, masks, lambda s: s.color, lambda s: f"one {s.color}")
+    return _attribute(scene, rng, masks, lambda s: s.color)
 
 
 def make_shape(scene: Scene, rng: random.Random) -> Draft:
     """What shape is the red object?"""
     masks = ("c", "c", "c", "c", "sc", "sc", "r", "cr", "s")
-    return _attribute(scene, rng, masks, lambda s: article(s.kind), lambda s: article(s.kind))
+    return _attribute(scene, rng, masks, lambda s: article(s.kind))
 
 
 def make_place(scene: Scene, rng: random.Random) -> Draft:
     """Where is the red circle?"""
     masks = ("ck", "ck", "ck", "k", "c", "sck", "sk")
-    return _attribute(
-        scene, rng, masks, lambda s: in_region(s.region), lambda s: f"one {in_region(s.region)}"
-    )
+    return _attribute(scene, rng, masks, lambda s: in_region(s.region))
 
 
 def make_size(scene: Scene, rng: random.Random) -> Draft:
     """Is the red circle small or large?"""
     masks = ("ck", "ck", "k", "c", "r")
-    return _attribute(scene, rng, masks, lambda s: s.size, lambda s: f"one {s.size}")
+    return _attribute(scene, rng, masks, lambda s: s.size)
 
 
 def make_count(scene: Scene, rng: random.Random) -> Draft:
@@ -288,8 +293,8 @@ def make_exist(scene: Scene, rng: random.Random) -> Draft:
     if not found:
         return Draft(_fill(ref, rng), f"No, there is no {ref.name()}.", None, _same_pointers(found))
     topic = found[0] if len(found) == 1 else None
-    answer = there_are(len(found), ref) if len(found) > 1 else f"There is {article(ref.name())}"
-    return Draft(_fill(ref, rng), f"Yes, t{answer[1:]}.", topic, _same_pointers(found))
+    answer = f"Yes, there is {article(ref.name())}."
+    return Draft(_fill(ref, rng), answer, topic, _same_pointers(found))
 
 
 def _inside(shape: Shape, region: str) -> bool:
@@ -402,7 +407,10 @@ def make_list(scene: Scene, rng: random.Random) -> Draft:
 
 def make_colors(scene: Scene, rng: random.Random) -> Draft:
     """Which colors do you see?"""
-    return Draft({}, f"I see {join(list(dict.fromkeys(s.color for s in scene.shapes)))}.")
+    first = {shape.color: shape for shape in reversed(scene.shapes)}
+    named = [(s.color, s) for s in scene.shapes if first[s.color] is s]
+    spans = value_spans(" I see", named)
+    return Draft({}, "".join(text for text, _ in spans).strip(), spans=spans)
 
 
 def make_describe(scene: Scene, rng: random.Random) -> Draft:

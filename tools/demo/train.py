@@ -53,7 +53,7 @@ class Stage:
 TOWER = Stage("tower", 1800, 0.14, 1.6e-3, 0.6e-3, 1.0)
 STAGES = (
     Stage("describe", 900, 0.09, 1.5e-3, 1.2e-3, 0.3, growing=True),
-    Stage("questions", 5500, 0.72, 7e-4, 0.0, 0.6, rehearse=True),
+    Stage("questions", 5500, 0.72, 1e-3, 0.0, 0.6, rehearse=True),
 )
 
 
@@ -71,7 +71,7 @@ def asking(pictures: Pictures, rng: random.Random) -> list[samples.Sample]:
     """Questions and conversations about one picture, two pictures or none."""
     scenes, weights = pictures.scenes, samples.WEIGHTS
     choose = rng.random()
-    if choose < 0.84:
+    if choose < 0.80:
         return [
             samples.picture_sample(i, scene, rng, 12, weights, 0.2)
             for i, scene in enumerate(scenes)

@@ -27,12 +27,21 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop", "
 
 def find(asked: ChatOptions, store: SessionStore) -> SavedSession | None:
     """The session to go on with; None for a new one. Raises SessionError."""
-    name = store.latest() if asked.resume else asked.session
-    if asked.resume and name is None:
-        raise SessionError("there is no session to continue; the first chat makes one")
-    if name is None or not (asked.resume or store.exists(name)):
+    if asked.resume:
+        return _newest(store)
+    if asked.session is None or not store.exists(asked.session):
         return None
-    return replace(store.load(name), name=name)
+    return replace(store.load(asked.session), name=asked.session)
+
+
+def _newest(store: SessionStore) -> SavedSession:
+    """The session that was written last of those that can be read; the others are told."""
+    for name in store.names():
+        try:
+            return replace(store.load(name), name=name)
+        except SessionError as error:
+            _warn(f"{error.message}; looking for an older session")
+    raise SessionError("there is no session to continue; the first chat makes one")
 
 
 def autosave(
