@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlmchat.errors import Overloaded
+from vlmchat.errors import Overloaded, Unavailable
 from vlmchat.server.admission import Admission, Ticket
 
 
@@ -103,6 +103,32 @@ def test_admission_gives_back_the_place_of_who_left_the_queue() -> None:
         admission.leave(await first, 1)
         await last
         assert (admission.running, admission.waiting) == (1, 0)
+
+    _run(test())
+
+
+def test_admission_passes_over_who_is_leaving_as_a_place_is_given_back() -> None:
+    async def test() -> None:
+        admission = _admission()
+        first, gone, last = await _queue(admission, ("a", 1), ("b", 1), ("c", 1))
+        gone.cancel()
+        admission.leave(await first, 1)  # the task that was cancelled has not run since
+        await last
+        assert (admission.running, admission.waiting) == (1, 0)
+
+    _run(test())
+
+
+def test_admission_turns_away_the_rest_when_one_of_them_is_leaving() -> None:
+    async def test() -> None:
+        admission = _admission()
+        _, gone, told = await _queue(admission, ("a", 1), ("b", 1), ("b", 1))
+        gone.cancel()
+        admission.abandon(Unavailable("closing"))
+        with pytest.raises(Unavailable):
+            await told
+        with pytest.raises(asyncio.CancelledError):
+            await gone
 
     _run(test())
 

@@ -85,11 +85,10 @@ class Admission:
         try:
             await ticket.granted
         except BaseException:
-            if ticket.granted.done() and not ticket.granted.cancelled():
-                if ticket.granted.exception() is None:
-                    self.leave(ticket, ticket.units)
-            else:
+            if ticket.granted.cancelled():
                 self._remove(ticket)
+            elif ticket.granted.exception() is None:
+                self.leave(ticket, ticket.units)
             raise
         return ticket
 
@@ -106,7 +105,7 @@ class Admission:
         """Nobody who waits will have a turn: they all hear of `error`."""
         for name, client in list(self._clients.items()):
             while client.waiting:
-                client.waiting.pop().granted.set_exception(error)
+                _refuse(client.waiting.pop(), error)
             self._forget(name)
 
     def retry_after_s(self) -> int:
@@ -126,6 +125,9 @@ class Admission:
         while waiting := [client for client in self._clients.values() if client.waiting]:
             client = min(waiting, key=lambda one: (one.running, one.last_turn))
             ticket = client.waiting[0]
+            if ticket.granted.cancelled():  # whoever waited has left, and is about to say so
+                client.waiting.popleft()
+                continue
             if ticket.units > self.free:
                 return
             client.waiting.popleft()
@@ -152,7 +154,8 @@ class Admission:
             self._turn_away(largest)
 
     def _turn_away(self, name: str) -> None:
-        self._clients[name].waiting.pop().granted.set_exception(self._overloaded())
+        overloaded = self._overloaded()
+        _refuse(self._clients[name].waiting.pop(), overloaded)
         self._forget(name)
 
     def _overloaded(self) -> Overloaded:
@@ -163,6 +166,13 @@ class Admission:
         )
 
     def _remove(self, ticket: Ticket) -> None:
-        self._clients[ticket.client].waiting.remove(ticket)
+        client = self._clients.get(ticket.client)
+        if client is not None and ticket in client.waiting:
+            client.waiting.remove(ticket)
         self._forget(ticket.client)
         self._grant()
+
+
+def _refuse(ticket: Ticket, error: Exception) -> None:
+    if not ticket.granted.cancelled():
+        ticket.granted.set_exception(error)
