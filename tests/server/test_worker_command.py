@@ -104,16 +104,19 @@ def test_worker_answers_llavas_wire_too(url: str) -> None:
 def test_second_signal_ends_a_drain_at_once() -> None:
     process, ready = _start("--no-register", module="tests.commands.scripted")
     body = {"messages": [{"role": "user", "content": "count"}], "stream": True}
-    with (
-        httpx2.Client(base_url=str(ready["url"]), timeout=60) as http,
-        http.stream("POST", "/v1/chat/completions", json=body) as answer,
-    ):
-        next(answer.iter_bytes())
-        process.send_signal(signal.SIGTERM)
-        while http.get("/ready").status_code != 503:
-            pass
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+    try:
+        with (
+            httpx2.Client(base_url=str(ready["url"]), timeout=60) as http,
+            http.stream("POST", "/v1/chat/completions", json=body) as answer,
+        ):
+            next(answer.iter_bytes())
+            process.send_signal(signal.SIGTERM)
+            while http.get("/ready").status_code != 503:
+                pass
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == -signal.SIGTERM
 
 
