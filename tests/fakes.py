@@ -84,14 +84,14 @@ class ScriptedStream:
                 break
             count += 1
             first_s = first_s or time.monotonic() - start
-            yield Delta(word, token_ids=(count - 1,))
+            tokens = (_drawn(word),) if params.logprobs is not None else ()
+            yield Delta(word, tokens=tokens, token_ids=(count - 1,))
         if isinstance(answer, Exception):
             raise answer
         total_s = time.monotonic() - start
         rate = (count - 1) / max(total_s - first_s, 1e-6) if count > 1 else 0.0
         counted = Usage(usage.prompt_tokens, usage.image_tokens, usage.cached_tokens, count)
-        tokens = tuple(map(_drawn, said[:count])) if params.logprobs is not None else ()
-        yield Delta("", reason, counted, Timings(first_s, total_s, rate), tokens)
+        yield Delta("", reason, counted, Timings(first_s, total_s, rate))
 
 
 class ScriptedBackend:

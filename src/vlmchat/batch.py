@@ -250,9 +250,10 @@ class Answered:
         """Read the stream to its end."""
         for delta in stream:
             self.answer += delta.text
+            self.tokens += delta.tokens
             if delta.finish_reason is not None:
                 self.finish_reason = delta.finish_reason
-                self.usage, self.timings, self.tokens = delta.usage, delta.timings, delta.tokens
+                self.usage, self.timings = delta.usage, delta.timings
 
 
 def answer_line(request: Request, answered: Answered, status: Status) -> Line:

@@ -103,14 +103,15 @@ class DrawnToken:
 class Delta:
     """Text since the last one. The last Delta of a stream carries reason, usage and timings.
 
-    token_ids: all that were drawn since the last one, also those whose text is not certain yet.
+    token_ids: all that were drawn since the last one, also those whose text is not certain yet;
+    tokens: the same with their logprobs, where the request asks for them.
     """
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
-    tokens: tuple[DrawnToken, ...] = ()  # where the request asks for logprobs
+    tokens: tuple[DrawnToken, ...] = ()
     token_ids: tuple[int, ...] = ()
 
 

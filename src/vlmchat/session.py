@@ -76,9 +76,10 @@ class Reply:
     def __iter__(self) -> Iterator[Delta]:
         for delta in self._deltas():
             self.answer += delta.text
+            self.tokens += delta.tokens
             if delta.finish_reason is not None:
                 self.finish_reason = delta.finish_reason
-                self.usage, self.timings, self.tokens = delta.usage, delta.timings, delta.tokens
+                self.usage, self.timings = delta.usage, delta.timings
             yield delta
 
     def _deltas(self) -> Iterator[Delta]:

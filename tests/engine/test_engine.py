@@ -236,11 +236,18 @@ def test_engine_refuses_a_prompt_that_leaves_no_room(engine: Engine) -> None:
 
 def test_engine_reports_the_tokens_and_their_logprobs_when_asked(engine: Engine) -> None:
     params = SamplingParams(temperature=0, max_new_tokens=20, logprobs=1)
-    last = list(engine.stream(QUESTION, params))[-1]
-    assert [t.drawn.token_id for t in last.tokens] == runner_of(engine).script
-    assert all(t.top == (t.drawn,) for t in last.tokens)
-    assert "".join(t.drawn.token for t in last.tokens) == "one two three</s>"
-    assert list(engine.stream(QUESTION, GREEDY))[-1].tokens == ()
+    deltas = list(engine.stream(QUESTION, params))
+    tokens = [token for delta in deltas for token in delta.tokens]
+    assert [t.drawn.token_id for t in tokens] == runner_of(engine).script
+    assert all(t.top == (t.drawn,) for t in tokens)
+    assert "".join(t.drawn.token for t in tokens) == "one two three</s>"
+    assert not any(delta.tokens for delta in engine.stream(QUESTION, GREEDY))
+
+
+def test_engine_tells_the_logprobs_with_the_text_of_their_tokens(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_new_tokens=20, logprobs=0)
+    for delta in engine.stream(QUESTION, params):
+        assert tuple(t.drawn.token_id for t in delta.tokens) == delta.token_ids
 
 
 class Ends:

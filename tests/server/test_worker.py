@@ -269,3 +269,28 @@ def test_log_record_tells_times_and_tokens() -> None:
     assert record["prompt_tokens"] == 4
     assert record["finish_reason"] == "stop"
     assert {"queue_s", "first_token_s", "total_s", "request_id", "client"} <= set(record)
+
+
+def test_stream_that_waits_in_the_queue_is_pinged() -> None:
+    policy = WorkerPolicy(concurrency=1, ping_s=0.05)
+    body = {"messages": [{"role": "user", "content": "go"}], "stream": True}
+    with (
+        running(counting(2, words=60), policy) as server,
+        server.http() as http,
+        http.stream("POST", "/v1/chat/completions", json=body) as first,
+    ):
+        until_first = first.iter_lines()
+        next(until_first)  # it has the only place
+        with http.stream("POST", "/v1/chat/completions", json=body) as second:
+            lines = second.iter_lines()
+            assert next(lines) == ": ping"
+            list(until_first)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_worker_tells_an_instance_of_its_own() -> None:
+    def instance(server: Running) -> str:
+        return str(server.worker.status()["vlmchat"]["instance"])
+
+    with running(counting()) as one, running(counting()) as other:
+        assert instance(one) == instance(one) != instance(other)

@@ -205,11 +205,11 @@ class Sequence:
 
     def _end(self, reason: FinishReason, text: str) -> None:
         self.finished = True
-        ranked = tuple(self._ranked)
-        self._send(Delta(text, reason, self._usage(), self._timings(), ranked))
+        self._send(Delta(text, reason, self._usage(), self._timings()))
 
     def _send(self, delta: Delta) -> None:
-        self._emit(replace(delta, token_ids=tuple(self._unsent)))
+        self._emit(replace(delta, tokens=tuple(self._ranked), token_ids=tuple(self._unsent)))
+        self._ranked.clear()
         self._unsent.clear()
 
     def _usage(self) -> Usage:

@@ -120,7 +120,8 @@ class OpenAIWire:
         error = chunk.get("error")
         if isinstance(error, dict):
             if error.get("code") in ELSEWHERE:
-                raise WorkerLost(f"{error.get('code')}: {error.get('message')}")
+                full = error["code"] == "overloaded"  # told late, after pings: it is well
+                raise WorkerLost(f"{error['code']}: {error.get('message')}", suspect=not full)
             raise Refusal(200, error)
         return self._chunk(chunk)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,7 @@ class Worker:
     ) -> None:
         self.name, self.policy = name, policy
         self.created = int(time.time())
+        self._instance = uuid.uuid4().hex
         self.metrics = Metrics(name, self._load)
         self.admission = Admission(
             policy.concurrency, policy.max_waiting, policy.max_waiting_tokens, time.monotonic
@@ -173,6 +175,7 @@ class Worker:
                 "version": __version__,
                 "openai": True,
                 "resume": self._resumes,
+                "instance": self._instance,
                 "state": self.state(),
                 "running": self.admission.running,
                 "waiting": self.admission.waiting,
@@ -452,20 +455,27 @@ class Worker:
     async def _send_stream(
         self, asked: openai.ChatRequest, request: Request, send: Responder
     ) -> None:
-        async with self._begin(asked, request) as begun:
-            pinged = with_pings(self._events(asked, begun), self.policy.ping_s)
-            async with aclosing(pinged) as events:
-                first = await anext(events)  # an error until here has its own status
-                await send.start("text/event-stream", {"cache-control": "no-cache"})
-                try:
-                    await send.more(first or PING)
-                    async for chunk in events:
-                        await send.more(chunk or PING)
-                except Exception as error:  # the status line has gone: the stream tells it
-                    note(request.state.record, error)
-                    self._dead = self._dead or isinstance(error, EngineDead)
-                    await send.more(openai.event(error_object(error)))
-                await send.end()
+        pinged = with_pings(self._stream(asked, request), self.policy.ping_s)
+        async with aclosing(pinged) as events:
+            first = await anext(events)  # an error until here has its own status
+            await send.start("text/event-stream", {"cache-control": "no-cache"})
+            try:
+                await send.more(first or PING)
+                async for chunk in events:
+                    await send.more(chunk or PING)
+            except Exception as error:  # the status line has gone: the stream tells it
+                note(request.state.record, error)
+                await send.more(openai.event(error_object(error)))
+            await send.end()
+
+    async def _stream(self, asked: openai.ChatRequest, request: Request) -> AsyncGenerator[bytes]:
+        """The stream from the queue on: who waits there is pinged too."""
+        async with (
+            self._begin(asked, request) as begun,
+            aclosing(self._events(asked, begun)) as events,
+        ):
+            async for event in events:
+                yield event
 
     async def _events(self, asked: openai.ChatRequest, begun: Begun) -> AsyncGenerator[bytes]:
         """The stream, event by event."""
