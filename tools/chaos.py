@@ -45,7 +45,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much, and how bad. kill_every_s: 0 kills nobody."""
+    """How much, and how bad. kill_every_s: 0 kills nobody.
+
+    seconds: clients go on asking for so long at least.
+    """
 
     workers: int = 3
     requests: int = 300
@@ -54,6 +57,7 @@ class Plan:
     stop: bool = True
     restart: bool = True
     seed: int = 0
+    seconds: float = 150.0
 
 
 @dataclass(slots=True)
@@ -319,14 +323,15 @@ async def references(
 
 
 class Clients:
-    """Ask until all requests are done."""
+    """Ask until all requests are done and the time is over."""
 
     def __init__(self, fleet: Fleet, asked: list[list[Message]], known: list[list[str]]) -> None:
         self._fleet, self._asked, self._known = fleet, asked, known
-        self._next = 0
+        self._next, self._until = 0, 0.0
 
-    async def run(self, requests: int, clients: int) -> None:
+    async def run(self, requests: int, clients: int, seconds: float) -> None:
         """All of them side by side."""
+        self._until = time.monotonic() + seconds
         limits = httpx2.Limits(max_keepalive_connections=0)
         async with httpx2.AsyncClient(
             timeout=CLIENT_TIMEOUT_S, trust_env=False, limits=limits
@@ -334,11 +339,11 @@ class Clients:
             await asyncio.gather(*(self._client(http, requests) for _ in range(clients)))
 
     async def _client(self, http: httpx2.AsyncClient, requests: int) -> None:
-        while self._next < requests:
+        while self._next < requests or time.monotonic() < self._until:
             number = self._next
             self._next += len(QUESTIONS)
             which = (number // len(QUESTIONS)) % len(self._asked)
-            for turn in range(min(len(QUESTIONS), requests - number)):
+            for turn in range(len(QUESTIONS)):
                 await self._ask(http, self._asked[which], self._known[which], turn)
 
     async def _ask(
@@ -391,7 +396,7 @@ async def run(plan: Plan, folder: Path) -> Tally:
     ):
         known = await references(http, fleet.workers[0].url, asked)
         torment = asyncio.create_task(fleet.torment())
-        await Clients(fleet, asked, known).run(plan.requests, plan.clients)
+        await Clients(fleet, asked, known).run(plan.requests, plan.clients, plan.seconds)
         torment.cancel()
         await fleet.calm()
         tally.left = await _settled(http, fleet)
@@ -429,7 +434,7 @@ def table(plan: Plan, tally: Tally) -> str:
         return f"{seconds[min(len(seconds) - 1, int(share * len(seconds)))]:.1f} s"
 
     rows = [
-        ("requests, clients, workers", f"{plan.requests}, {plan.clients}, {plan.workers}"),
+        ("requests, clients, workers", f"{len(seconds)}, {plan.clients}, {plan.workers}"),
         (
             "kill -9, SIGSTOP, controller restarts",
             f"{tally.kills}, {tally.stops}, {tally.restarts}",
@@ -453,13 +458,14 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=plan.kill_every_s, metavar="SECONDS")
     parser.add_argument("--stop", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seconds", type=float, default=plan.seconds, help="at least")
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument("--json", action="store_true", help="the figures, as one JSON object")
     parser.add_argument("--log", type=Path, help="folder for the servers' log")
     given = parser.parse_args()
     plan = Plan(
         *(given.workers, given.requests, given.clients),
-        *(given.kill_every, given.stop, given.restart, given.seed),
+        *(given.kill_every, given.stop, given.restart, given.seed, given.seconds),
     )
     with tempfile.TemporaryDirectory() as folder:
         tally = asyncio.run(run(plan, given.log or Path(folder)))
