@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,28 @@ def test_engine_fails_one_turn_and_lives_when_memory_runs_out(engine: Engine, fa
     assert text_of(deltas) == "one two three"
     assert deltas[-1].usage is not None
     assert deltas[-1].usage.cached_tokens == 0
+
+
+def test_engine_decodes_one_by_one_what_memory_does_not_hold_at_once(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = ScriptedRunner(processor.tokenizer, "one two three")
+    widths, decode = [], runner.decode
+
+    def fail(rows: Sequence[Row]) -> list[torch.Tensor]:
+        widths.append(len(rows))
+        if len(rows) > 1:
+            raise OutOfMemory("out of memory during the answer")
+        return decode(rows)
+
+    monkeypatch.setattr(runner, "decode", fail)
+    engine = Engine(runner, processor, Sampler(), frozenset({1}), Status("scripted", 256), 2)
+    params = replace(GREEDY, max_new_tokens=40, ignore_eos=True)
+    with closing(engine):
+        alone = text_of(list(engine.stream(QUESTION, params)))
+        streams = [engine.stream(QUESTION, params) for _ in range(2)]
+        assert [text_of(list(stream)) for stream in streams] == [alone, alone]
+    assert max(widths) == 2
 
 
 def test_engine_fails_one_turn_and_lives_when_the_output_is_not_a_number(

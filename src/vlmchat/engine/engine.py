@@ -282,8 +282,11 @@ class Engine:
         try:
             found = self._runner.decode(rows)
         except OutOfMemory as error:
-            for sequence in sequences:
-                self._scheduler.drop(sequence, error)
+            if len(sequences) == 1:
+                self._scheduler.drop(sequences[0], error)
+            else:  # what was computed of them is overwritten
+                for sequence in sequences:
+                    self._decode((sequence,))
             return
         last = []
         for sequence, row, logits in zip(sequences, rows, found, strict=True):
