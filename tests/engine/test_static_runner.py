@@ -24,7 +24,7 @@ from vlmchat.engine.processor import Processor
 from vlmchat.engine.runner import EagerRunner, Row
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import read_spec
-from vlmchat.engine.static_runner import StaticRunner, unsupported
+from vlmchat.engine.static_runner import StaticRunner, StepShape, step_shape, unsupported
 from vlmchat.engine.vision import VisionCache
 from vlmchat.images import ImageLoader
 
@@ -68,6 +68,11 @@ class Case:
             runner._cache._data.fill_(torch.nan)
         return runner
 
+    def fixed(self, kv_dtype: torch.dtype | None = None) -> StaticRunner:
+        """One that decodes as on a GPU."""
+        spec, vision = self.spec, self.vision
+        return StaticRunner(self.model, spec, vision, NUM_SLOTS, CONTEXT, kv_dtype, fixed=True)
+
     def expected(self, conversation: Conversation) -> list[int]:
         """Plain `generate`, end token included."""
         if conversation not in self._answers:
@@ -79,8 +84,11 @@ class Case:
         """The conversation as the engine would give it."""
         return self.processor.encode(conversation)
 
-    def answers(self, slots: dict[int, tuple[Prompt, torch.Tensor]]) -> dict[int, list[int]]:
+    def answers(
+        self, slots: dict[int, tuple[Prompt, torch.Tensor]], runner: StaticRunner | None = None
+    ) -> dict[int, list[int]]:
         """Greedy answers of all slots, decoded together; given prompts' logits by slot."""
+        runner = runner or self.runner
         tokens = {slot: [int(logits.argmax())] for slot, (_, logits) in slots.items()}
 
         def open_slots() -> list[int]:
@@ -90,7 +98,7 @@ class Case:
         while running := open_slots():
             starts = {s: len(slots[s][0].ids) + len(tokens[s]) - 1 for s in running}
             rows = [Row(s, starts[s], (tokens[s][-1],)) for s in running]
-            for slot, logits in zip(running, self.runner.decode(rows), strict=True):
+            for slot, logits in zip(running, runner.decode(rows), strict=True):
                 tokens[slot].append(int(logits[0].argmax()))
         return tokens
 
@@ -227,6 +235,110 @@ def test_static_runner_in_8_bits_is_near_and_does_not_depend_on_parts_or_company
     rows = [Row(slot, len(prompt.ids), (5,)) for slot in (0, 1, 2)]
     for logits in runner.decode(rows):
         torch.testing.assert_close(logits, runner.decode(rows[:1])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_static_runner_in_fixed_shapes_answers_as_generate_with_idle_slots_between(
+    case: Case,
+) -> None:
+    runner, order = case.fixed(), (6, 1, 4, 3)
+    prompts = {slot: case.prompt(asked) for slot, asked in zip(order, EIGHT[:4], strict=True)}
+    slots = {slot: (prompt, prefill(runner, slot, prompt)) for slot, prompt in prompts.items()}
+    for slot in range(NUM_SLOTS):
+        length = len(prompts[slot].ids) if slot in prompts else 0
+        runner._cache._data[:, slot, :, length:] = 1e3 if length else torch.nan
+    answers = case.answers(slots, runner)
+    for slot, conversation in zip(order, EIGHT, strict=False):
+        assert answers[slot] == case.expected(conversation)
+
+
+def test_static_runner_in_fixed_shapes_answers_as_generate_when_few_rows_are_gathered(
+    case: Case,
+) -> None:
+    runner, one, two = case.fixed(), case.prompt(ONE), case.prompt(OTHER)
+    slots = {7: (one, prefill(runner, 7, one)), 0: (two, prefill(runner, 0, two))}
+    answers = case.answers(slots, runner)
+    assert step_shape([7, 0], NUM_SLOTS, 9, CONTEXT).first is None
+    assert answers == {7: case.expected(ONE), 0: case.expected(OTHER)}
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_static_runner_in_fixed_shapes_gives_the_logits_of_each_row_alone(
+    kv_dtype: torch.dtype | None, llava: Case
+) -> None:
+    each, fixed = llava.fresh(kv_dtype), llava.fixed(kv_dtype)
+    prompt = llava.prompt(Conversation().ask("w " * 180, (SMALL,)))
+    for runner in (each, fixed):
+        for slot in (2, 3):
+            prefill(runner, slot, prompt)
+    for longest in (254, 255, 256, 257):
+        rows = [Row(3, longest, (7,)), Row(2, 100, (8,))]
+        for found, expected in zip(fixed.decode(rows), each.decode(rows), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_static_runner_in_fixed_shapes_fills_a_slot_to_its_last_position(llava: Case) -> None:
+    each, fixed = llava.fresh(), llava.fixed()
+    prompt = llava.prompt(Conversation().ask("w " * 180, (SMALL,)))
+    for runner in (each, fixed):
+        prefill(runner, 1, prompt)
+    for start in range(len(prompt.ids), CONTEXT):
+        row = Row(1, start, (start % 50,))
+        found, expected = fixed.decode([row])[0], each.decode([row])[0]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("again", ["prompt", "copy", "decode"])
+def test_static_runner_in_fixed_shapes_outlives_what_was_no_number(again: str, llava: Case) -> None:
+    runner, short, long = llava.fixed(), llava.prompt(OTHER), llava.prompt(THREE)
+    length = len(short.ids)
+    prefill(runner, 5, short)
+    prefill(runner, 4, long)
+    runner._cache._data[:, 4, :, : len(long.ids)] = torch.nan
+    if again == "copy":
+        runner.copy_prefix(5, 4, length - 1)
+        logits = prefill(runner, 4, short, start=length - 1)
+    else:
+        logits = prefill(runner, 4, short)
+    if again == "decode":  # of a draft, which is refused
+        runner.decode([Row(4, length, (5, 6, 7))])
+        runner._cache._data[:, 4, :, length : length + 3] = torch.nan
+    assert llava.answers({4: (short, logits)}, runner)[4] == llava.expected(OTHER)
+
+
+def test_static_runner_in_fixed_shapes_leaves_what_others_keep(llava: Case) -> None:
+    runner, prompt = llava.fixed(), llava.prompt(TWO)
+    for slot in range(NUM_SLOTS):
+        prefill(runner, slot, prompt)
+    before = runner._cache._data[:, :, :, :CONTEXT].clone()
+    rows = [Row(slot, len(prompt.ids) - 4, (5,)) for slot in (2, 7)]
+    for chosen in (rows, rows[1:], [*rows, Row(4, 30, (6,))]):
+        runner.decode(chosen)
+    changed = (runner._cache._data[:, :, :, :CONTEXT] != before).any(-1).any(2).any(0)  # [S, T]
+    start = len(prompt.ids) - 4
+    assert {tuple(place) for place in changed.nonzero().tolist() if place[1] <= start} <= {
+        *((2, start), (7, start), (4, 30)),
+        *((4, position) for position in range(31, start + 1)),  # cleared
+    }
+    assert not changed[[0, 1, 3, 5, 6]].any()
+
+
+@pytest.mark.parametrize(
+    ("slots", "longest", "expected"),
+    [
+        ([5], 1, StepShape(5, 1, 256)),
+        ([2, 3], 256, StepShape(2, 2, 256)),
+        ([1, 2], 257, StepShape(0, 4, 384)),
+        ([1, 2, 0], 385, StepShape(0, 4, 512)),
+        ([0, 9], 769, StepShape(None, 2, 1000)),
+        ([8, 11], 1000, StepShape(8, 4, 1000)),
+        ([0, 3, 9, 11], 1, StepShape(0, 12, 256)),
+        ([*range(12)], 1, StepShape(0, 12, 256)),
+    ],
+)
+def test_step_shape_is_the_smallest_that_holds_the_slots(
+    slots: list[int], longest: int, expected: StepShape
+) -> None:
+    assert step_shape(slots, 12, longest, 1000) == expected
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])

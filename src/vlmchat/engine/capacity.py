@@ -63,7 +63,7 @@ def make_runner(
     if why is not None:
         return EagerRunner(model, spec, vision, slots.count), slots, f"eager: {why}"
     static = StaticRunner(model, spec, vision, slots.count, context, dtype)
-    return static, slots, "static"
+    return static, slots, f"static, {static.how}" if static.how else "static"
 
 
 def shape_of(model: Any) -> KVShape:

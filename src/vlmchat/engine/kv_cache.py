@@ -38,6 +38,16 @@ class Window(Protocol):
         """
 
 
+class Table(Protocol):
+    """One new position in each of R slots, and the first `length` ones there, in every layer."""
+
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new positions; return keys and values: [R, heads, length, head_dim] each.
+
+        new: [2, heads, R, head_dim], rotated keys and values.
+        """
+
+
 class KVCache:
     """[layers * 2, slots, heads, context, head_dim]: a layer's keys, then its values.
 
@@ -58,6 +68,20 @@ class KVCache:
     def window(self, slot: int, start: int, stop: int) -> Window:
         """Where positions start..stop-1 of the slot go."""
         return _PlainWindow(self._data[:, slot], start, stop)
+
+    def table(
+        self, slots: torch.Tensor, positions: torch.Tensor, first: int | None, length: int
+    ) -> Table:
+        """Where one position of each slot goes: slots, positions: [R], on the cache's device.
+
+        first: the slots are `first` and those behind it, in order; nothing is copied then to read
+        them.  None: any slots, in any order.
+        """
+        return _PlainTable(self._data, slots, positions, first, length)
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """Zeros in positions start..stop-1 of the slot."""
+        self._data[:, slot, :, start:stop] = 0
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of slot `source` into slot `target`."""
@@ -82,6 +106,17 @@ class QuantizedKVCache(KVCache):
     def window(self, slot: int, start: int, stop: int) -> Window:
         """See `KVCache.window`."""
         return _QuantizedWindow(self._data[:, slot], self._scales[:, slot], start, stop)
+
+    def table(
+        self, slots: torch.Tensor, positions: torch.Tensor, first: int | None, length: int
+    ) -> Table:
+        """See `KVCache.table`; what is read is copied in any case."""
+        return _QuantizedTable(self._data, self._scales, slots, positions, first, length)
+
+    def clear(self, slot: int, start: int, stop: int) -> None:
+        """See `KVCache.clear`."""
+        super().clear(slot, start, stop)
+        self._scales[:, slot, :, start:stop] = 0
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See `KVCache.copy_prefix`."""
@@ -115,6 +150,54 @@ class _QuantizedWindow:
 
     def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Window.put`."""
+        data, scales = _quantized(new)
+        keys, values = self._data.put(layer, data)
+        key_scales, value_scales = self._scales.put(layer, scales)
+        return keys * key_scales, values * value_scales
+
+
+class _PlainTable:
+    """All that changes between steps is in tensors, so that a step can be recorded once."""
+
+    def __init__(
+        self,
+        data: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        first: int | None,
+        length: int,
+    ) -> None:
+        """data: [layers * 2, slots, heads, context, head_dim]."""
+        self._data, self._slots, self._positions = data, slots, positions
+        self._first, self._length = first, length
+
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Table.put`."""
+        both = self._data[2 * layer : 2 * layer + 2]
+        both[:, self._slots, :, self._positions] = new.permute(2, 0, 1, 3)
+        read = both[:, :, :, : self._length]
+        if self._first is None:
+            keys, values = read.index_select(1, self._slots).unbind()
+        else:
+            keys, values = read[:, self._first : self._first + len(self._slots)].unbind()
+        return keys, values
+
+
+class _QuantizedTable:
+    def __init__(
+        self,
+        data: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        first: int | None,
+        length: int,
+    ) -> None:
+        self._data = _PlainTable(data, slots, positions, first, length)
+        self._scales = _PlainTable(scales, slots, positions, first, length)
+
+    def put(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Table.put`."""
         data, scales = _quantized(new)
         keys, values = self._data.put(layer, data)
         key_scales, value_scales = self._scales.put(layer, scales)

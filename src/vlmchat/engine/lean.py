@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmchat.engine.fused import fuse
-from vlmchat.engine.kv_cache import KVShape, Window
+from vlmchat.engine.kv_cache import KVShape, Table, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,17 @@ class Span:
     window: Window
     mask: torch.Tensor | None = None
     causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Abreast:
+    """All rows of a step's input as the one new token of a slot each; they attend at once.
+
+    mask: [rows, 1, 1, length], True where a row sees. What it does not see must be finite.
+    """
+
+    table: Table
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,7 @@ class LeanModel:
         self,
         x: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        spans: Sequence[Span],
+        spans: Sequence[Span] | Abreast,
         added: Sequence[Added] = (),
         only_last: bool = False,
     ) -> torch.Tensor:
@@ -127,7 +138,7 @@ class LeanModel:
         layer: _Layer,
         heads: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        spans: Sequence[Span],
+        spans: Sequence[Span] | Abreast,
         ends: bool,
     ) -> torch.Tensor:
         """[T, all heads * D] of queries, keys and values -> [T, query heads * D].
@@ -143,6 +154,9 @@ class LeanModel:
         rotate_(rotated, *rotation)
         queries = heads[-1 if ends else 0 :, :num_queries]
         new = heads[:, num_queries:].view(-1, 2, num_kept, dim).permute(1, 2, 0, 3)
+        if isinstance(spans, Abreast):
+            kept = spans.table.put(index, new)
+            return attend_abreast(queries, *kept, spans.mask, self._scale)
         if len(spans) == 1:
             return attend(queries, *spans[0].window.put(index, new), spans[0], self._scale)
         parts = []
@@ -201,6 +215,25 @@ def attend(
         enable_gqa=num_kept != num_heads,
     )  # [1, heads, new, D]
     return out[0].transpose(0, 1).reshape(num_new, num_heads * dim)
+
+
+def attend_abreast(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[rows, heads, D] over keys and values [rows, kv heads, length, D] -> [rows, heads * D].
+
+    mask: [rows, 1, 1, length]. As in `attend`, a group's queries stand as rows.
+    """
+    num_rows, num_heads, dim = queries.shape
+    num_kept = keys.shape[1]
+    rows = queries.reshape(num_rows, num_kept, -1, dim)  # [rows, kv heads, group, D]
+    mask = mask.expand(-1, num_kept, rows.shape[2], -1)
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(num_rows, num_heads * dim)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -135,15 +135,16 @@ def grid_positions(model: Any, spec: ModelSpec, prompt: Prompt) -> tuple[torch.T
     """[4, 1, T]: each token's place in the text, and its time, row and column (M-RoPE).
 
     The second value: what to add to a later token's place in the text to have its others.
-    The model would keep it on itself; here each slot has its own.
+    The model would keep it on itself; here each slot has its own. Its rule chooses by values, so it
+    is applied on the CPU: a GPU would be waited for each time.
     """
-    ids = torch.tensor([prompt.ids], device=model.device)
-    text = torch.arange(len(prompt.ids), device=ids.device)[None, None]  # [1, 1, T]
+    ids = torch.tensor([prompt.ids])
+    text = torch.arange(len(prompt.ids))[None, None]  # [1, 1, T]
     if not prompt.images:
-        return text.expand(4, -1, -1), 0
+        return text.expand(4, -1, -1).to(model.device), 0
     grids = [torch.as_tensor(span.inputs["image_grid_thw"]) for span in prompt.images]
     types = (ids == spec.image_token_id).int()
     grid, delta = model.model.get_rope_index(
-        ids, mm_token_type_ids=types, image_grid_thw=torch.cat(grids).to(ids.device)
+        ids, mm_token_type_ids=types, image_grid_thw=torch.cat(grids).cpu()
     )
-    return torch.cat([text, grid]), int(delta)
+    return torch.cat([text, grid]).to(model.device), int(delta)

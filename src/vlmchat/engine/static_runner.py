@@ -6,14 +6,16 @@ Stands behind the protocol of `runner.py` for models whose language model is kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vlmchat.engine.cuda_graphs import CudaGraphs
 from vlmchat.engine.fused import fuse
 from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
-from vlmchat.engine.lean import Added, LeanModel, Span
+from vlmchat.engine.lean import Abreast, Added, LeanModel, Span
 from vlmchat.engine.memory import memory_errors
 from vlmchat.engine.runner import Row, grid_positions
 from vlmchat.engine.sequence import Prompt
@@ -33,6 +35,7 @@ _LANGUAGE_MODELS = (
 )
 # Whose frequencies are the same whatever the length of a prompt.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_GATHERING = 3  # times the traffic of reading keys and values in place: read, write, read
 _ADVICE = (
     "out of memory during the answer; start a shorter conversation (/clear), "
     "or use --context-length, --load-4bit or a smaller model"
@@ -60,8 +63,57 @@ def unsupported(model: Any, spec: ModelSpec) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """All of a fixed step that is not in tensors.
+
+    first: its rows are the slots from there on, in order; None: they are any slots.
+    length: of the keys and values that it reads in each slot.
+    """
+
+    first: int | None
+    num_rows: int
+    length: int
+
+
+def step_shape(slots: Sequence[int], num_slots: int, longest: int, context: int) -> StepShape:
+    """The shape in which one token for each of these slots is computed; there are few of them.
+
+    The rows are the smallest block of 1, 2, 4, … slots with all of these in it, for it is read
+    where it lies; or these alone, copied first, where a block would make more traffic than that.
+    longest: positions in the longest slot, the new one included.
+    """
+    low, high, size = min(slots), max(slots), 1
+    while low // size != high // size:
+        size *= 2
+    first = low // size * size
+    size = min(size, num_slots - first)
+    length = next(each for each in _lengths() if each >= min(longest, context))
+    gathered = 1 << (len(slots) - 1).bit_length()
+    if _GATHERING * gathered < size:
+        return StepShape(None, gathered, min(length, context))
+    return StepShape(first, size, min(length, context))
+
+
+def _lengths() -> Iterator[int]:
+    """256, 384, 512, 768, 1024, …: at most half as much again is read as is there."""
+    length = 256
+    while True:
+        yield length
+        yield length * 3 // 2
+        length *= 2
+
+
 class StaticRunner:
-    """See `Runner`. Slots are rows of one cache, each of `context_length` positions."""
+    """See `Runner`. Slots are rows of one cache, each of `context_length` positions.
+
+    Decoding goes one of two ways. On a CPU each row's attention reads its own slot, no more. A GPU
+    takes longer to be told than to compute, so there all rows attend at once, in one of few shapes
+    (`step_shape`), and what changes from step to step is in tensors: such a step is recorded once
+    and played back. It reads past the end of a slot and gives that no weight, so what lies there is
+    kept at zero (0 times not-a-number is not 0); rows that stand for no sequence write to a
+    position behind the last one.
+    """
 
     splits_pictures = True
 
@@ -73,10 +125,12 @@ class StaticRunner:
         num_slots: int,
         context_length: int,
         kv_dtype: torch.dtype | None = None,
+        fixed: bool | None = None,
     ) -> None:
         """model: one for which `unsupported` has no reason; its layers' weights are joined.
 
-        kv_dtype: int8 for keys and values in 8 bits; else the model's.
+        kv_dtype: int8 for keys and values in 8 bits; else the model's.  fixed: decode in fixed
+        shapes; None: on CUDA.
         """
         self._model, self._spec = model, spec
         self._vision = vision
@@ -89,14 +143,34 @@ class StaticRunner:
             self._head = fuse([model.get_output_embeddings()])
             self._lean = LeanModel(model.get_decoder(), context_length)
             cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
+            self._fixed = self._device.type == "cuda" if fixed is None else fixed
+            self._context = context_length
             self._cache = cache(
-                self._lean.shape, num_slots, context_length, self._dtype, self._device
+                self._lean.shape,
+                num_slots,
+                context_length + self._fixed,
+                self._dtype,
+                self._device,
             )
+        self._reached = [0] * num_slots  # positions that hold more than zeros, where fixed
+        self._graphs = CudaGraphs(self._step, self._device)
+        if self._fixed:
+            for slot in range(num_slots):
+                self._cache.clear(slot, 0, context_length + 1)
+            self.decode([Row(0, 0, (0,))])  # tells whether it can be recorded
+
+    @property
+    def how(self) -> str:
+        """How it decodes, in a few words, for people; "" where there is but one way."""
+        if self._device.type != "cuda":
+            return ""
+        return f"no CUDA graphs: {why}" if (why := self._graphs.failure) else "CUDA graphs"
 
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
         """See `Runner.prefill`."""
         with memory_errors(_ADVICE):
+            self._reach(slot, stop)
             x, added = self._embed(prompt, start, stop)
             if self._spec.grid_positions:
                 grid, self._position_deltas[slot] = grid_positions(self._model, self._spec, prompt)
@@ -111,6 +185,10 @@ class StaticRunner:
     def decode(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """See `Runner.decode`."""
         with memory_errors(_ADVICE):
+            for row in rows:
+                self._reach(row.slot, row.start + len(row.tokens))
+            if self._fixed and all(len(row.tokens) == 1 for row in rows):
+                return self._decode_fixed(rows)
             ids: list[int] = []
             positions: list[int] = []
             spans = []
@@ -127,6 +205,7 @@ class StaticRunner:
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See `Runner.copy_prefix`."""
+        self._reach(target, length)
         self._cache.copy_prefix(source, target, length)
         self._position_deltas[target] = self._position_deltas[source]
 
@@ -135,6 +214,41 @@ class StaticRunner:
         at first use. Writes to slot 0; call before any answer."""
         self.prefill(0, prompt, 0, len(prompt.ids))
         self.decode([Row(0, len(prompt.ids) - 1, prompt.ids[-1:])])
+
+    def _decode_fixed(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """One token for each row."""
+        slots = [row.slot for row in rows]
+        longest = max(row.start for row in rows) + 1
+        shape = step_shape(slots, self.num_slots, longest, self._context)
+        first = shape.first or 0
+        # By row: token, slot, position in the slot, position for the model. Unused: the spare one.
+        inputs = [[0, first, self._context, 0] for _ in range(shape.num_rows)]
+        if shape.first is not None:
+            places = [slot - first for slot in slots]
+            for index, values in enumerate(inputs):
+                values[1] = first + index
+        else:
+            places = list(range(len(slots)))
+        for place, row in zip(places, rows, strict=True):
+            position = row.start + self._position_deltas[row.slot]
+            inputs[place] = [*row.tokens, row.slot, row.start, position]
+        logits = self._graphs.run(torch.tensor(inputs), shape)
+        return [logits[place][None] for place in places]
+
+    def _step(self, inputs: torch.Tensor, shape: StepShape) -> torch.Tensor:
+        """[rows, 4] of tokens, slots, positions in them and positions -> logits [rows, V]."""
+        ids, slots, positions, rotary = inputs.unbind(1)
+        table = self._cache.table(slots, positions, shape.first, shape.length)
+        seen = torch.arange(shape.length, device=inputs.device) <= positions[:, None]
+        abreast = Abreast(table, seen[:, None, None])
+        x = self._lean.forward(self._embedding(ids), self._lean.rotation(rotary), abreast)
+        return self._logits(x)
+
+    def _reach(self, slot: int, stop: int) -> None:
+        """The slot is to hold `stop` positions: what lies behind them is no longer wanted."""
+        if self._fixed and self._reached[slot] > stop:
+            self._cache.clear(slot, stop, self._reached[slot])
+        self._reached[slot] = stop
 
     def _span(self, first: int, slot: int, start: int, stop: int) -> Span:
         """The rows of a step's input from `first` on as positions start..stop-1 of the slot."""
@@ -153,10 +267,12 @@ class StaticRunner:
         added = []
         for span in prompt.images:
             if span.start < stop and start < span.stop:
-                ids = self._tensor(prompt.ids[span.start : span.stop])
-                places = (ids == self._spec.image_token_id).nonzero()[:, 0] + (span.start - start)
-                here = (places >= 0) & (places < stop - start)
-                features, rows = self._vision.features(span), places[here]
+                token, ids = self._spec.image_token_id, prompt.ids
+                skipped = sum(ids[i] == token for i in range(span.start, max(start, span.start)))
+                part = range(max(start, span.start), min(stop, span.stop))
+                places = [i - start for i in part if ids[i] == token]
+                here = slice(skipped, skipped + len(places))
+                features, rows = self._vision.features(span), self._tensor(places)
                 x[rows] = features.pooled[here].to(x)
                 added.append(Added(rows, [layer[here] for layer in features.deepstack]))
         return x, added
@@ -166,4 +282,6 @@ class StaticRunner:
         return logits
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, device=self._device)
+        """Integers [T] on the device, which is not waited for."""
+        host = torch.tensor(values, dtype=torch.long)
+        return host.to(self._device, non_blocking=self._device.type == "cuda")
