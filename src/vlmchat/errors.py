@@ -104,7 +104,8 @@ class PromptTooLong(InvalidRequest):
         of_images = f" ({image_tokens} of them pictures)" if image_tokens else ""
         fewer_images = "use fewer pictures, " if image_tokens else ""
         super().__init__(
-            f"the message needs {tokens} tokens{of_images}, the context has room for {limit}; "
+            f"the message needs {tokens} tokens{of_images}, "
+            f"the context has room for {max(limit, 0)}; "
             f"shorten it, {fewer_images}or lower --max-new-tokens"
         )
 

@@ -257,6 +257,11 @@ def test_engine_refuses_a_prompt_that_leaves_no_room(engine: Engine) -> None:
     assert caught.value.image_tokens == 4
 
 
+def test_engine_tells_of_no_room_where_the_answer_alone_is_too_long(engine: Engine) -> None:
+    with pytest.raises(PromptTooLong, match="has room for 0;"):
+        engine.stream(QUESTION, replace(GREEDY, max_new_tokens=10_000))
+
+
 def test_engine_reports_the_tokens_and_their_logprobs_when_asked(engine: Engine) -> None:
     params = SamplingParams(temperature=0, max_new_tokens=20, logprobs=1)
     deltas = list(engine.stream(QUESTION, params))
