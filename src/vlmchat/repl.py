@@ -26,12 +26,14 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 from rich.console import Console
+from rich.markup import escape
 
 from vlmchat import slash
 from vlmchat.chat import Chat, count
 from vlmchat.ctrl_c import CtrlC
 from vlmchat.errors import VlmchatError
 from vlmchat.images import ImageLoader, split_image_sources
+from vlmchat.loading import Loading
 from vlmchat.output import TextPrinter
 from vlmchat.session import ChatSession, Reply
 from vlmchat.session_file import SavedSession
@@ -39,7 +41,14 @@ from vlmchat.slash import ERROR, Next
 from vlmchat.store import Autosave
 
 _log = logging.getLogger(__name__)
-_STYLE = Style.from_dict({"prompt": "bold", "placeholder": "fg:ansibrightblack"})
+_STYLE = Style.from_dict(
+    {
+        "prompt": "bold",
+        "placeholder": "fg:ansibrightblack",
+        "bottom-toolbar": "noreverse fg:ansibrightblack",
+    }
+)
+_WATCH_S = 0.1
 # An Enter that was pressed while an answer still came, and is read so soon after it, ends nothing.
 _TYPED_AHEAD_S = 0.5
 _PLACEHOLDER = "a question, a picture's path, or /help"
@@ -51,6 +60,8 @@ class Repl:
     autosave: where the session is saved after each change, if it is.
     console: where everything but the answers is said.  env: the terminal's variables.
     history_file: the lines typed, for the arrow keys; None keeps them for this run only.
+    loading: the session's backend, where its model is still to be loaded: it begins once the
+    prompt is on the screen, and what comes of it ends `run` if it fails.
     input, output: another terminal than the process's own.
     """
 
@@ -64,9 +75,11 @@ class Repl:
         env: Mapping[str, str],
         history_file: Path | None = None,
         *,
+        loading: Loading | None = None,
         input: Input | None = None,
         output: Output | None = None,
     ) -> None:
+        self._loading = loading
         self.chat = Chat(session, loader, printer, console, env, autosave)
         session.on_change = autosave
         self._prefill = session.unanswered.text if session.unanswered else ""
@@ -84,11 +97,16 @@ class Repl:
             input=input,
             output=output,
         )
+        if loading is not None:
+            self._lines.bottom_toolbar = lambda: loading.stage or ""
+            self._lines.app.after_render += lambda _: loading.start()
+            loading.on_change = self._loading_went_on
 
     def run(self, resumed: SavedSession | None = None) -> int:
         """Chat until the person ends it; returns the exit status.
 
         resumed: what the session was made from, if it goes on from a saved one.
+        Raises what loading the model raised, and KeyboardInterrupt for Ctrl-C while it lasts.
         """
         self._greet(resumed)
         while True:
@@ -97,6 +115,8 @@ class Repl:
             except EOFError:
                 break
             except KeyboardInterrupt:
+                if self._loading is not None and self._loading.stage is not None:
+                    raise
                 self._editing = False
                 self.chat.say("(an empty line, /exit or Ctrl-D ends the chat)")
                 continue
@@ -132,12 +152,47 @@ class Repl:
     def _read(self) -> str:
         """One message as it was typed. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
         prefill, self._prefill = self._prefill, ""
+        self._say_notes()
         line = self._lines.prompt(
             [("class:prompt", self._label())],
             default=prefill,
             placeholder=self._placeholder,
+            pre_run=self._show_loading,
         )
         return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    def _show_loading(self) -> None:
+        """Put the stage below the prompt up to date. In the thread that edits lines."""
+        app, loading = self._lines.app, self._loading
+        if loading is None or app.is_done:
+            return
+        if loading.stage is None:
+            self._lines.bottom_toolbar = None
+        if loading.error is not None:
+            app.exit(exception=loading.error)
+        app.invalidate()
+
+    def _loading_went_on(self) -> None:
+        """In the thread that loads."""
+        loop = self._lines.app.loop
+        if loop is not None and self._lines.app.is_running:
+            with suppress(RuntimeError):  # the line ended just now
+                loop.call_soon_threadsafe(self._show_loading)
+
+    def _await_model(self) -> None:
+        """Until the model is there, with its stages shown. Raises what loading raised."""
+        if (loading := self._loading) is None:
+            return
+        with self.chat.console.status("") as shown:
+            while (stage := loading.stage) is not None:
+                shown.update(escape(stage))
+                loading.wait(_WATCH_S)
+        loading.wait()
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        for note in self._loading.take_notes() if self._loading is not None else ():
+            self.chat.say(note)
 
     def _placeholder(self) -> StyleAndTextTuples:
         app = self._lines.app  # what is left on the screen is what was typed, or found
@@ -160,13 +215,18 @@ class Repl:
             step = self._step(line)
             self._prefill, self._editing = step.prefill, step.editing
             if step.begin is not None:
+                self._await_model()
                 self._answer(step.begin)
             return step.end
         except KeyboardInterrupt:
             self.chat.say("(stopped)")
         except VlmchatError as error:
+            if self._loading is not None and error is self._loading.error:
+                raise
             self.chat.say(error.message, ERROR)
         except Exception as error:  # a bug costs a turn, not the conversation
+            if self._loading is not None and error is self._loading.error:
+                raise
             _log.debug("a turn failed", exc_info=True)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.chat.say(f"this failed unexpectedly (--debug shows where): {reason}", ERROR)
@@ -177,6 +237,8 @@ class Repl:
         ask = session.edit if self._editing else session.ask
         if (found := slash.find(text)) is not None:
             command, argument = found
+            if command.needs_model:
+                self._await_model()
             return command.run(self.chat, argument) or Next()
         if text.startswith("//"):
             return Next(begin=lambda: ask(text[1:]))

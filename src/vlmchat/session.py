@@ -243,6 +243,7 @@ class ChatSession:
     def _begin(
         self, history: Conversation, question: Message, *, unanswered: Message | None
     ) -> Reply:
+        self._check_room(self.params)  # a model that was loading had told no length before
         fitted, trimmed = fit(replace(history, pending=question), self.backend, self.budget)
         self.unanswered = unanswered
         self._changed()

@@ -50,6 +50,7 @@ class Command:
     help: str
     run: Callable[[Chat, str], Next | None]
     takes_path: bool = False
+    needs_model: bool = False
 
 
 def find(line: str) -> tuple[Command, str] | None:
@@ -291,13 +292,13 @@ COMMANDS = (
     Command("edit", "/edit [TEXT]", "change the last question and ask it again", _edit),
     Command("undo", "/undo", "take the last question and its answer back", _undo),
     Command("clear", "/clear", "forget all turns and pictures", _clear),
-    Command("history", "/history", "the turns, and how full the context is", _history),
+    Command("history", "/history", "the turns, and how full the context is", _history, False, True),
     Command("save", "/save [FILE|NAME]", "keep the chat under a name, or in one file", _save, True),
     Command("load", "/load FILE|NAME", "go on with a saved chat", _load, True),
     Command(
         "sessions", "/sessions [delete NAME]", "list the saved chats, or delete one", _sessions
     ),
-    Command("stats", "/stats", "what the answers have cost so far", _stats),
+    Command("stats", "/stats", "what the answers have cost so far", _stats, False, True),
     Command("copy", "/copy", "copy the last answer to the clipboard", _copy),
     Command("help", "/help", "this list", _help),
     Command("exit", "/exit", "end the chat", _exit),

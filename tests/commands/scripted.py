@@ -1,16 +1,22 @@
 """`vlmchat` with a scripted model: `python -m tests.commands.scripted`.
 
-It repeats what it is asked; asked to count, it counts for a minute.
+It repeats what it is asked; asked to count, it counts for a minute. The model `slow` loads for a
+minute, `broken` fails after a moment.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.fakes import ScriptedBackend, ScriptedStream
 from vlmchat.commands import main
+from vlmchat.config import ModelConfig
 from vlmchat.conversation import Conversation
 from vlmchat.engine.engine import Engine
+from vlmchat.errors import OutOfMemory
 from vlmchat.request import SamplingParams
 
 
@@ -22,8 +28,24 @@ class Counting(ScriptedBackend):
             self.answers = [" ".join(str(number) for number in range(6000))]
         return super().stream(conversation, params)
 
+    def warm_up(self) -> None:
+        """As `Engine` has it."""
+
+
+backend: Any = Counting(context_length=20_000, delay_s=0.01)
+
+
+def load(config: ModelConfig, progress: Callable[[str], None], limits: object) -> Any:
+    name = Path(config.path).name
+    progress("reading tensors")
+    if name == "slow":
+        time.sleep(60)
+    if name == "broken":
+        time.sleep(1)
+        raise OutOfMemory("the model needs 9.0 GB on cpu, 1.0 GB are free")
+    return backend
+
 
 if __name__ == "__main__":
-    backend: Any = Counting(context_length=20_000, delay_s=0.01)
-    Engine.load = lambda *_: backend  # type: ignore[method-assign]
+    Engine.load = load  # type: ignore[method-assign, assignment]
     main()

@@ -390,3 +390,44 @@ def test_engine_copies_what_another_slot_has_of_a_picture(engine: Engine) -> Non
     assert (source, target) == (0, 1)
     [span] = engine._processor.encode(asked[0]).images
     assert length >= span.stop
+
+
+def test_engine_warms_up_and_leaves_nothing(engine: Engine) -> None:
+    assert engine.warm_up().wait(60)
+    runner = runner_of(engine)
+    assert runner.prefills[0] == (0, 0)
+    load = engine.status().load
+    assert load is not None
+    assert (load.prompt_tokens, load.images, load.generated_tokens) == (0, 0, 0)
+    first = len(runner.prefills)
+    deltas = list(engine.stream(QUESTION, GREEDY))
+    assert runner.prefills[first:] == [(0, 0)]
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.cached_tokens == 0
+
+
+def test_engine_warm_up_ends_when_somebody_asks(engine: Engine) -> None:
+    runner, begun, asked = runner_of(engine), threading.Event(), threading.Event()
+    kinds: list[str] = []
+
+    def step(kind: str) -> None:
+        kinds.append(kind)
+        if len(kinds) == 1:
+            begun.set()
+            asked.wait(60)
+
+    runner.before_step = step
+    over = engine.warm_up()
+    assert begun.wait(60)
+    stream = engine.stream(QUESTION, GREEDY)
+    asked.set()
+    assert text_of(list(stream)) == "one two three"
+    assert kinds[:3] == ["prefill", "prefill", "decode"]  # no decode of the warm-up's between
+    assert over.is_set()
+
+
+def test_engine_does_not_warm_up_once_a_slot_is_used(engine: Engine) -> None:
+    list(engine.stream(QUESTION, GREEDY))
+    before = len(runner_of(engine).prefills)
+    assert engine.warm_up().wait(60)
+    assert len(runner_of(engine).prefills) == before

@@ -19,7 +19,7 @@ from vlmchat.commands.bench import bench
 from vlmchat.commands.chat import chat
 from vlmchat.commands.config import config
 from vlmchat.commands.controller import controller
-from vlmchat.commands.exit import end_on_signals, reporting
+from vlmchat.commands.exit import end_on_signals, leaving_at_once, reporting
 from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
 from vlmchat.commands.status import status
@@ -75,6 +75,8 @@ def main() -> None:
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what its encoding has not
-    with reporting(as_json="--json" in arguments, debug="--debug" in arguments):
+    with leaving_at_once(), reporting(as_json="--json" in arguments, debug="--debug" in arguments):
         code = command().main(arguments, prog_name="vlmchat", standalone_mode=False)
+        if code:
+            raise SystemExit(code)
     sys.exit(code)

@@ -33,7 +33,9 @@ from vlmchat.commands.options import (
     ServerOptions,
 )
 from vlmchat.commands.settings import given, state_path
+from vlmchat.config import DEMO_MODEL
 from vlmchat.errors import ConfigError, InvalidRequest, NoInput
+from vlmchat.loading import Loading
 from vlmchat.request import FinishReason
 
 if TYPE_CHECKING:
@@ -85,7 +87,9 @@ def chat(
             config = replace(config, path=saved.model)
         kept = questions is None or asked.session or asked.resume
         autosave = sessions.autosave(asked, store, saved, config.path) if kept else None
-        with closing(open_backend(ctx, server, config, limits, err, debug=output.debug)) as engine:
+        later = questions is None and not output.debug  # its log would run into the line
+        opened = open_backend(ctx, server, config, limits, err, later=later, debug=output.debug)
+        with closing(opened) as engine:
             if autosave is not None and server.server is not None:
                 autosave.model = engine.status().model
             session = sessions.begin(engine, params, asked.system, saved, given(ctx))
@@ -99,7 +103,12 @@ def chat(
 
                 printer = text_printer(output, out, out, engine, stats=True)
                 history = state_path() / "history"
-                Repl(session, loader, printer, autosave, out, os.environ, history).run(saved)
+                loading = engine if isinstance(engine, Loading) else None
+                repl = Repl(
+                    *(session, loader, printer, autosave, out, os.environ, history),
+                    loading=loading,
+                )
+                repl.run(saved)
             elif output.as_json:
                 ask_all(session, questions, json_printer(output, engine))
             else:
@@ -115,11 +124,15 @@ def open_backend(
     limits: EngineConfig,
     err: Console,
     *,
+    later: bool,
     debug: bool,
 ) -> Backend:
-    """Whoever answers: the engine with its model, or the server that was asked for."""
+    """Whoever answers: the engine with its model, or the server that was asked for.
+
+    later: the model is loaded once the chat has begun.
+    """
     if server.server is None:
-        return load(config, limits, err, debug=debug)
+        return load_later(config, limits, err) if later else load(config, limits, err, debug=debug)
     options = {param.name: param.opts[0] for param in ctx.command.params}
     here = {f.name for group in (ModelOptions, EngineOptions) for f in fields(group)}
     for name in given(ctx) & here - {"model_path"}:
@@ -138,15 +151,64 @@ def load(config: ModelConfig, limits: EngineConfig, err: Console, *, debug: bool
         return Engine.load(config, show, limits)
 
 
-@contextmanager
-def showing_stages(err: Console, *, debug: bool) -> Iterator[Callable[[str], None]]:
-    """Gives a function that shows on `err` what is being done, until the `with` ends."""
+def load_later(config: ModelConfig, limits: EngineConfig, err: Console) -> Backend:
+    """The same, while somebody types already. What is to be downloaded is downloaded before.
+
+    Raises ModelNotFound, UnsupportedModel, DiskFull and NetworkError at once.
+    """
+    if not _all_here(config, err):
+        return load(config, limits, err, debug=False)
+    _hush(debug=False)
+
+    def load_quietly(progress: Callable[[str], None]) -> Engine:
+        with _no_garbage():
+            from vlmchat.engine.engine import Engine
+
+            engine = Engine.load(config, progress, limits)
+        engine.warm_up()
+        return engine
+
+    return Loading(config.path, load_quietly)
+
+
+def _all_here(config: ModelConfig, err: Console) -> bool:
+    """Whether loading needs nothing but the checkpoint's own files; these are here afterwards."""
+    if config.path == DEMO_MODEL:
+        return True
+    from vlmchat.engine.checkpoint import Layout, layout_of
+    from vlmchat.engine.hub import find_checkpoint, read_config
+    from vlmchat.engine.shapes import find_shape
+
+    if find_shape(config.path):
+        return True
+    with showing_stages(err, debug=False) as show:
+        directory = find_checkpoint(config.path, config.revision, show)
+    return layout_of(directory, read_config(directory)) is Layout.HUGGING_FACE
+
+
+def _hush(*, debug: bool) -> None:
     if debug:
         logging.getLogger("vlmchat").setLevel(logging.DEBUG)
         logging.basicConfig(format="%(name)s: %(message)s")
     else:
         warnings.simplefilter("ignore")  # libraries' words to developers
         logging.disable(logging.WARNING)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    gc.disable()  # a fifth of the time that imports take goes into finding no garbage
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()  # what is loaded stays
+
+
+@contextmanager
+def showing_stages(err: Console, *, debug: bool) -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows on `err` what is being done, until the `with` ends."""
+    _hush(debug=debug)
     from rich.markup import escape
 
     status = err.status("starting")
@@ -160,12 +222,10 @@ def showing_stages(err: Console, *, debug: bool) -> Iterator[Callable[[str], Non
             status.start()
 
     show("starting")
-    gc.disable()  # a fifth of the time that imports take goes into finding no garbage
     try:
-        yield show
+        with _no_garbage():
+            yield show
     finally:
-        gc.enable()
-        gc.freeze()  # what is loaded stays
         status.stop()
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ import typer
 
 from vlmchat.errors import OutOfMemory, VlmchatError
 from vlmchat.json_line import json_line
+from vlmchat.loading import still_loading
 
 # What has no class in the error tree: code -> (exit code, when).
 OTHER_EXITS = {
@@ -92,6 +93,23 @@ def _usage_message(error: Any) -> str:
         message = f"{param.opts[0]}{origin}: {error.message.removeprefix('Value error, ')}"
     message = message[:1].lower() + message[1:].rstrip(".")
     return f"{message}; see '{ctx.command_path if ctx else 'vlmchat'} --help'"
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """The end of a process whose model still loads: that thread is in no state to be unwound."""
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+        raise
+    finally:
+        if still_loading():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, AttributeError):
+                    stream.flush()
+            os._exit(code or 0)
 
 
 def _drop(stream: TextIO | None) -> None:

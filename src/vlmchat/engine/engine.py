@@ -6,6 +6,8 @@ schedules, runs and samples. Imports torch only inside `Engine.load`.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import queue
 import threading
 import time
@@ -15,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlmchat.config import EngineConfig, ModelConfig
-from vlmchat.conversation import Conversation
+from vlmchat.conversation import Conversation, Image
 from vlmchat.engine.detokenizer import Detokenizer
 from vlmchat.engine.prefix_cache import PrefixCache
 from vlmchat.engine.scheduler import Chunk, Scheduler, Step
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
     from vlmchat.engine.sampler import Sampler
     from vlmchat.engine.vision import VisionCache
 
+_log = logging.getLogger(__name__)
 _LIMITS = EngineConfig()
+_OVER = object()
+_WARM_UP_SIZE = (336, 336)
 _NOT_A_NUMBER = (
     "the model's output is not a number; its weights may be broken, or another --dtype may hold "
     "them (bfloat16, float32)"
@@ -96,6 +101,7 @@ class Engine:
         self._status = status
         self._vision = vision
         self._speculation = limits.speculation
+        self._part_length = limits.max_num_batched_tokens
         self._row_cost = RowCost()
         self._scheduler = Scheduler(
             PrefixCache(num_slots),
@@ -107,6 +113,8 @@ class Engine:
         self._wake = threading.Condition()
         self._inbox: list[Sequence] = []
         self._dead: EngineDead | None = None
+        self._warming: Iterator[None] | None = None
+        self._warm = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vlmchat-engine", daemon=True)
         self._thread.start()
 
@@ -211,6 +219,18 @@ class Engine:
         )
         return replace(self._status, load=load)
 
+    def warm_up(self) -> threading.Event:
+        """Let vision, prefill and decode run once while nobody asks, on a picture of nothing.
+
+        What is made at first use is then there for the first answer. Nothing is left behind; the
+        first request waits for one part of it at most, and ends it. The event: it is over.
+        """
+        with self._wake:
+            if self._dead is None and not self._warm.is_set() and self._warming is None:
+                self._warming = self._warm_parts()
+                self._wake.notify()
+        return self._warm
+
     def close(self) -> None:
         """See `Backend.close`. Returns once the thread has ended its step."""
         self._die(EngineDead("the engine was closed"))
@@ -236,14 +256,55 @@ class Engine:
             self._wake.notify()
 
     def _admit(self) -> bool:
-        """Take in new sequences, waiting while there is nothing to do. False: stop."""
-        with self._wake:
-            while self._dead is None and not self._inbox and self._scheduler.idle:
-                self._wake.wait()
-            for sequence in self._inbox:
-                self._scheduler.add(sequence)
-            self._inbox.clear()
-            return self._dead is None
+        """Take in new sequences; with nothing to do, warm up or wait. False: stop."""
+        while True:
+            with self._wake:
+                while self._idle and self._warming is None:
+                    self._wake.wait()
+                if not self._idle:
+                    self._warming = None  # the slots are for sequences from now on
+                    self._warm.set()
+                    for sequence in self._inbox:
+                        self._scheduler.add(sequence)
+                    self._inbox.clear()
+                    return self._dead is None
+                parts = self._warming
+            if parts is not None and next(parts, _OVER) is _OVER:
+                self._warming = None
+                self._warm.set()
+
+    @property
+    def _idle(self) -> bool:
+        return self._dead is None and not self._inbox and self._scheduler.idle
+
+    def _warm_parts(self) -> Iterator[None]:
+        """See `warm_up`; between its parts somebody may ask. Whatever fails, fails again there."""
+        vision = self._vision
+        spans: tuple[ImageSpan, ...] = ()
+        try:
+            prompt = self._processor.encode(_nothing_to_see())
+            if len(prompt.ids) > self._status.context_length:
+                return
+            spans = prompt.images
+            for span in spans:
+                yield
+                if vision is not None:
+                    vision.features(span)
+            start, length = 0, self._part_length
+            while start < len(prompt.ids):
+                yield
+                split = self._runner.splits_pictures
+                stop = prompt.part(start, length, splits_pictures=split)
+                self._runner.prefill(0, prompt, start, stop)
+                start = stop
+            yield
+            self._runner.decode([Row(0, len(prompt.ids) - 1, prompt.ids[-1:])])
+        except Exception:
+            _log.debug("warming up failed", exc_info=True)
+        finally:
+            if vision is not None:
+                for span in spans:
+                    vision.forget(span)
 
     def _step(self, step: Step) -> None:
         if step.prefill is not None:
@@ -349,3 +410,12 @@ class Engine:
         sequence.append(token)
         if state.grammar is not None and state.grammar.finished:
             sequence.finish(FinishReason.STOP)
+
+
+def _nothing_to_see() -> Conversation:
+    """A question about a black picture."""
+    from PIL import Image as PILImage
+
+    name = hashlib.sha256(b"vlmchat's warm-up").hexdigest()
+    picture = Image(PILImage.new("RGB", _WARM_UP_SIZE), b"", "warm-up", name, name)
+    return Conversation().ask("?", (picture,))

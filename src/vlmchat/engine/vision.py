@@ -60,6 +60,10 @@ class VisionCache:
         self._evict()
         return features
 
+    def forget(self, span: ImageSpan) -> None:
+        """Keep the picture's features no longer."""
+        self._features.pop(span.digest, None)
+
     def encoder_outputs(self, spans: Sequence[ImageSpan]) -> dict[str, Any] | None:
         """The pictures' features in the form that the model's `mm_encoder_outputs` takes."""
         if not spans:
