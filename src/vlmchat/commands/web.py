@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vlmchat.web.person import People
 
 ANSWER_TOKENS = 1024  # the most that the page's slider gives
+SLOTS = 4  # conversations that go on at once and keep what was computed of them
 
 
 def web(
@@ -64,9 +65,12 @@ def web(
         from vlmchat.server.serve import bind
 
         moderation = _moderation(page)
-        with bind(page.host, page.port) as sock, _folder_for_uploads():
-            with closing(_models(ctx, page, model, engine, server)) as models:
-                _run(page, sock, models, moderation, images)
+        with (
+            bind(page.host, page.port) as sock,
+            _folder_for_uploads(),
+            closing(_models(ctx, page, model, engine, server)) as models,
+        ):
+            _run(page, sock, models, moderation, images)
 
 
 def _check(ctx: typer.Context, server: ServerOptions, page: PageOptions) -> None:
@@ -105,9 +109,6 @@ def _models(
         limits = replace(limits, max_num_seqs=SLOTS)
     backend = load(model.build(), limits, Console(stderr=True, highlight=False), debug=page.debug)
     return OneModel(backend.status().model, backend)
-
-
-SLOTS = 4  # conversations that go on at once and keep what was computed of them
 
 
 def _moderation(page: PageOptions) -> Moderation | None:

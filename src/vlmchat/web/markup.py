@@ -77,9 +77,9 @@ def waiting(person: Person) -> str:
 
 def trouble(text: str) -> str:
     """What went wrong, for the eye and for screen readers."""
-    return f'<div class="trouble" role="alert">{escape(text[:1].upper() + text[1:])}.</div>' * bool(
-        text
-    )
+    if not text:
+        return ""
+    return f'<div class="trouble" role="alert">{escape(text[:1].upper() + text[1:])}.</div>'
 
 
 def facts(person: Person) -> str:

@@ -7,7 +7,6 @@ Called by `site`. The only module that knows Gradio's components; what they show
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from vlmchat.config import sampling_params
-from vlmchat.errors import InvalidRequest, NoWorker, VlmchatError
+from vlmchat.errors import InvalidRequest, NoWorker, SessionError, VlmchatError
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
+from vlmchat.session_file import SavedSession
 from vlmchat.store import read_file
 from vlmchat.web import markup
 from vlmchat.web.log import ConversationLog, Vote
@@ -53,39 +54,6 @@ class PageOptions:
     nobody: str = "No model is there yet."
 
 
-def _uploads_only(component: Any, read: Callable[[Any], Any] | None = None) -> Any:
-    """The component; it takes what was uploaded here, never an address, which Gradio would fetch.
-
-    read: makes of its payload what handlers get, in place of Gradio's own decoding.
-    Methods of the one component are replaced: Gradio takes subclasses for components that bring
-    scripts of their own.
-    """
-    move = component.async_move_resource_to_block_cache
-
-    async def async_move_resource_to_block_cache(path: Any) -> Any:
-        if path is not None and "://" in str(path):
-            raise gr.Error("only uploaded files are taken here", print_exception=False)
-        return await move(path)
-
-    component.async_move_resource_to_block_cache = async_move_resource_to_block_cache
-    if read is not None:
-        component.preprocess = read
-    return component
-
-
-def _path(payload: Any) -> str | None:
-    """A picture's file as it was uploaded."""
-    return payload.path if payload is not None else None
-
-
-def _text_and_files(payload: Any) -> Updates:
-    """`{"text": str, "files": [(path, name)]}`, whatever the files are."""
-    if payload is None:
-        return {"text": "", "files": []}
-    files = [(file.path, file.orig_name or "picture") for file in payload.files]
-    return {"text": payload.text, "files": files}
-
-
 class Page:
     """The page over one source of models."""
 
@@ -100,10 +68,12 @@ class Page:
     ) -> None:
         self._models, self._people, self._loader = models, people, loader
         self._options, self._log, self._moderation = options, log, moderation
+        self._uploads = Path(get_upload_folder()).resolve()
         with gr.Blocks(title="vlmchat", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
             self.blocks = blocks
             self._lay_out()
             self._connect()
+        self._own_files = frozenset(self._uploads.rglob("*"))
         blocks.queue(default_concurrency_limit=None, max_size=1000)
 
     # -- what is on it ------------------------------------------------------------------------
@@ -122,7 +92,7 @@ class Page:
     def _lay_out_left(self) -> None:
         self.model = gr.Dropdown([], label="Model", interactive=True, elem_id="model")
         self.model_note = gr.HTML("", elem_id="model-note")
-        picture = gr.Image(
+        self.picture = gr.Image(
             label="Picture: upload, drop, paste or take one",
             sources=["upload", "webcam", "clipboard"],
             type="filepath",
@@ -130,7 +100,6 @@ class Page:
             buttons=[],
             elem_id="picture",
         )
-        self.picture = _uploads_only(picture, _path)
         with gr.Row(elem_id="address-row"):
             self.address = gr.Textbox(
                 label="Picture from the web",
@@ -150,10 +119,9 @@ class Page:
             self._lay_out_parameters()
         with gr.Row():
             self.export = gr.HTML("", elem_id="export")
-            load = gr.UploadButton(
+            self.load = gr.UploadButton(
                 "Import a conversation", size="sm", file_types=[".json"], elem_id="import"
             )
-            self.load = _uploads_only(load)
 
     def _lay_out_parameters(self) -> None:
         self.temperature = gr.Slider(
@@ -172,8 +140,6 @@ class Page:
     def _lay_out_right(self) -> None:
         self.chat = gr.Chatbot(
             label="Conversation",
-            height="58vh",
-            min_height=260,
             buttons=["copy"],
             layout="bubble",
             feedback_options=None,
@@ -181,7 +147,7 @@ class Page:
             placeholder=PLACEHOLDER,
             elem_id="chat",
         )
-        with gr.Row():
+        with gr.Row(elem_id="trouble-row"):
             self.trouble = gr.HTML("", elem_id="trouble")
             self.retry = gr.Button(
                 "Retry", variant="primary", size="sm", visible=False, elem_id="retry", scale=0
@@ -190,7 +156,7 @@ class Page:
         self.waiting_names = gr.CheckboxGroup(
             [], label="Pictures for the next question", visible=False, elem_id="waiting-names"
         )
-        question = gr.MultimodalTextbox(
+        self.question = gr.MultimodalTextbox(
             label="Question",
             placeholder="Ask about the pictures …",
             file_count="multiple",
@@ -198,7 +164,6 @@ class Page:
             autofocus=True,
             elem_id="question",
         )
-        self.question = _uploads_only(question, _text_and_files)
         with gr.Row(elem_id="actions"):
             button = partial(gr.Button, size="sm", min_width=80, interactive=False)
             self.stop = button("Stop", variant="stop", elem_id="stop")
@@ -208,9 +173,9 @@ class Page:
             self.clear = button("Clear", elem_id="clear")
             votes = partial(button, visible=self._log is not None)
             self.votes: dict[Vote, gr.Button] = {
-                "upvote": votes("👍 Good", elem_id="upvote"),
-                "downvote": votes("👎 Bad", elem_id="downvote"),
-                "flag": votes("⚑ Flag", elem_id="flag"),
+                "upvote": votes("Good answer", elem_id="upvote"),
+                "downvote": votes("Bad answer", elem_id="downvote"),
+                "flag": votes("Flag", elem_id="flag"),
             }
         self.facts = gr.HTML("", elem_id="facts")
 
@@ -218,7 +183,9 @@ class Page:
 
     def _connect(self) -> None:
         small: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        turn = {**small, "concurrency_limit": self._options.concurrency, "concurrency_id": "answer"}
+        # Gradio's own reading of files would decode pictures, and fetch what addresses name.
+        raw = {**small, "preprocess": False}
+        turn = {**raw, "concurrency_limit": self._options.concurrency, "concurrency_id": "answer"}
         wishes = {self.model, self.temperature, self.top_p, self.max_tokens, self.seed}
         wishes |= {self.system, self.mode}
         shown = self._outputs()
@@ -228,8 +195,8 @@ class Page:
         self.stop.click(self._stop, None, None, queue=False, **small)
         self.edit.click(self._edit, None, shown, **small)
         self.undo.click(self._undo, None, shown, **small)
-        self.clear.click(self._clear, None, shown, **small)
-        self.picture.input(self._attach_file, [self.picture], shown, **small)
+        gr.on([self.clear.click, self.chat.clear], self._clear, None, shown, **small)
+        self.picture.input(self._attach_file, [self.picture], shown, **raw)
         address = [self.fetch.click, self.address.submit]
         gr.on(address, self._attach_address, [self.address], shown, **small)
         self.waiting_names.input(self._choose_waiting, [self.waiting_names], shown, **small)
@@ -237,7 +204,7 @@ class Page:
             example.click(self._example(name, text), None, shown, **small)
         for kind, vote in self.votes.items():
             vote.click(self._vote(kind), None, shown, **small)
-        self.load.upload(self._load_file, [self.load], shown, **small)
+        self.load.upload(self._load_file, [self.load], shown, **raw)
         models = [self.model, self.model_note, self.known]
         self.timer.tick(self._look, [self.model, self.known], models, **small)
         self.model.input(self._choose_model, [self.model], [self.model_note], **small)
@@ -330,26 +297,27 @@ class Page:
             text = f"{chosen} is away at present. This page looks again by itself."
         elif wish and wish != chosen:
             text = f"{wish} is not here; {chosen} answers."
-        return f'<p role="status" class="note">{escape(text)}</p>'
+        shown = f"<b>{escape(text)}</b>" if text else ""
+        return f'<p role="status" class="note">{shown}</p>'
 
     # -- turns --------------------------------------------------------------------------------
 
     def _ask(self, values: Updates, request: gr.Request) -> Iterator[Updates]:
         """A question was sent, with the files in its box."""
         person, asked = self._people.of(_tab(request)), values[self.question]
+        text = str(asked["text"])
         try:
             if person.busy:
                 raise InvalidRequest("an answer is under way; stop it first")
             self._attach_files(person, asked["files"])
-            backend, wishes = self._answerer(asked["text"], values)
+            backend, wishes = self._answerer(text, values)
             if person.editing:
-                turn = person.again(backend, wishes, asked["text"])
+                turn = person.again(backend, wishes, text)
             else:
-                turn = person.ask(asked["text"], backend, wishes)
+                turn = person.ask(text, backend, wishes)
             yield from self._turn(person, turn, request, {self.question: self._filled("")})
         except VlmchatError as error:
-            left = gr.update(value={"text": asked["text"], "files": []})
-            yield {**self._told(person, error), self.question: left}
+            yield {**self._told(person, error), self.question: self._filled(text)}
 
     def _again(self, values: Updates, request: gr.Request) -> Iterator[Updates]:
         """Regenerate, and Retry after an error."""
@@ -376,7 +344,8 @@ class Page:
         """Whoever answers, once the question has passed moderation."""
         if not text.strip():
             raise InvalidRequest("type a question first")
-        if not values[self.model]:
+        model = str(values[self.model] or next(iter(self._models.present()), ""))
+        if not model:
             raise NoWorker("no model is there yet; it is chosen by itself as soon as one comes")
         seed = str(values[self.seed] or "").strip()
         if seed and not seed.isdecimal():
@@ -389,8 +358,8 @@ class Page:
         )
         if self._moderation is not None:
             self._moderation.check(text)
-        model, system = str(values[self.model]), str(values[self.system] or "")
-        return self._models.backend(model), Wishes(model, params, system, str(values[self.mode]))
+        wishes = Wishes(model, params, str(values[self.system] or ""), str(values[self.mode]))
+        return self._models.backend(model), wishes
 
     def _stop(self, request: gr.Request) -> None:
         self._people.of(_tab(request)).stop()
@@ -424,25 +393,46 @@ class Page:
 
     # -- pictures -----------------------------------------------------------------------------
 
-    def _attach_file(self, path: str | None, request: gr.Request) -> Updates:
+    def _attach_file(self, file: Any, request: gr.Request) -> Updates:
         person = self._people.of(_tab(request))
         try:
-            self._attach_files(person, [(path, Path(path).name)] if path else [])
+            self._attach_files(person, [file] if file else [])
         except VlmchatError as error:
             return {**self._told(person, error), self.picture: None}
         return {**self._view(person), self.picture: None}
 
-    def _attach_files(self, person: Person, files: list[tuple[str, str]]) -> None:
-        """Read, check and forget what was uploaded. Raises the first ImageError met."""
+    def _attach_files(self, person: Person, files: list[Any]) -> None:
+        """Read, check and forget what was uploaded. Raises the first ImageError met.
+
+        files: Gradio's descriptions of them, as a browser sent them.
+        """
         first: VlmchatError | None = None
-        for path, name in files:
+        for file in files:
+            name = str(file.get("orig_name") or "picture")
             try:
-                person.attach(self._loader.load_bytes(_taken(path), name))
+                person.attach(self._loader.load_bytes(self._taken(file), name))
                 person.trouble = ""
             except VlmchatError as error:
                 first = first or error
         if first is not None:
             raise first
+
+    def _uploaded(self, file: Any) -> Path:
+        """Where an upload lies. Raises InvalidRequest for any other file of this machine."""
+        found = file[0] if isinstance(file, list) and file else file
+        path = Path(str(found.get("path") if isinstance(found, dict) else "")).resolve()
+        if not path.is_relative_to(self._uploads) or path in self._own_files:
+            raise InvalidRequest("only files that were uploaded here are read")
+        if not path.is_file():
+            raise InvalidRequest("the upload was lost; send the file again")
+        return path
+
+    def _taken(self, file: Any) -> bytes:
+        """An upload's bytes; the file goes."""
+        path = self._uploaded(file)
+        data = path.read_bytes()
+        path.unlink(missing_ok=True)
+        return data
 
     def _attach_address(self, address: str, request: gr.Request) -> Updates:
         person, address = self._people.of(_tab(request)), (address or "").strip()
@@ -491,20 +481,18 @@ class Page:
         except OSError as error:
             logger.warning("the log cannot be written: %s", error)
 
-    def _load_file(self, path: str, request: gr.Request) -> Updates:
+    def _load_file(self, file: Any, request: gr.Request) -> Updates:
         """Go on with an exported conversation, or with a file of the terminal's /save."""
         person = self._people.of(_tab(request))
         try:
-            saved = read_file(Path(path), self._loader)
+            saved = self._saved(self._uploaded(file))
             person.resume(saved.conversation, saved.forgotten)
             for image in saved.queued:
                 person.attach(image)
             if saved.lost:
                 raise InvalidRequest(f"the file lacks {len(saved.lost)} of its pictures")
         except VlmchatError as error:
-            return self._told(person, type(error)(error.message.replace(path, "the file")))
-        finally:
-            os.unlink(path)
+            return self._told(person, error)
         params = saved.params
         return {
             **self._view(person),
@@ -515,6 +503,15 @@ class Page:
             self.seed: "" if params.seed is None else str(params.seed),
         }
 
+    def _saved(self, path: Path) -> SavedSession:
+        """The conversation in an upload, which goes. Raises SessionError."""
+        try:
+            return read_file(path, self._loader)
+        except SessionError as error:
+            raise SessionError(error.message.replace(str(path), "the file")) from None
+        finally:
+            path.unlink(missing_ok=True)
+
 
 def _tab(request: gr.Request) -> str:
     """What names a person's tab."""
@@ -523,13 +520,3 @@ def _tab(request: gr.Request) -> str:
 
 def _ip(request: gr.Request) -> str:
     return request.client.host if request.client else ""
-
-
-def _taken(path: str) -> bytes:
-    """An upload's bytes; the file goes. Raises InvalidRequest where it went before."""
-    try:
-        data = Path(path).read_bytes()
-        os.unlink(path)
-    except OSError:
-        raise InvalidRequest("the upload was lost; send the picture again") from None
-    return data

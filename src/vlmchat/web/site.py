@@ -38,25 +38,40 @@ THREADS_BESIDE_ANSWERS = 32
 CSS = """
 .gradio-container { max-width: 1400px !important; }
 #columns { align-items: flex-start; }
+#left, #right { gap: .6rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
-.pictures img { max-height: 260px; max-width: 100%; border-radius: .5rem; margin: 0; }
-.pictures.waiting img { max-height: 72px; }
+.pictures img { max-height: 240px; max-width: 100%; border-radius: .5rem; margin: 0; }
+.pictures.waiting img { max-height: 64px; }
 .trouble { border-left: .3rem solid #b91c1c; background: #fee2e2; color: #7f1d1d;
   padding: .5rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
 .dark .trouble { background: #450a0a; color: #fecaca; }
-.facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color-subdued); }
+.facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color); }
 .facts meter { width: 7rem; vertical-align: middle; }
 .note { margin: 0; font-size: .9rem; }
 a.export { text-decoration: underline; font-size: .9rem; }
-#actions { flex-wrap: wrap; gap: .4rem; }
+#chat { height: 52vh !important; min-height: 260px; }
+#export { align-self: center; }
+#address-row { align-items: flex-end; }
+#waiting:not(:has(img)) { display: none !important; }
+#model-note:not(:has(b)) { display: none !important; }
+#trouble-row:not(:has(.trouble)) { display: none !important; }
+#actions { gap: .4rem; }
 #actions button { flex: 1 1 5rem; }
-:is(button, a, input, textarea, [tabindex]):focus-visible {
-  outline: 3px solid #2563eb; outline-offset: 1px; }
-@media (max-width: 700px) { #right { order: -1; } #chat { height: 50vh !important; } }
+*:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px; }
+@media (max-width: 700px) {
+  #right { order: -1; }
+  #chat { height: 46vh !important; }
+  .pictures img { max-height: 160px; }
+}
 footer { display: none !important; }
 """
 JS = """() => {
   document.documentElement.lang = "en";
+  const name = () => {  // what Gradio leaves without one
+    document.querySelector("#question textarea")?.setAttribute("aria-label", "Question");
+  };
+  name();
+  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
   document.addEventListener("keydown", (event) => {
     const stop = document.querySelector("#stop");
     if (event.key === "Escape" && stop && !stop.disabled) stop.click();
