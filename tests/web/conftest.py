@@ -22,12 +22,12 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """The browser. With VLMCHAT_NEEDS_BROWSER set, as on CI, its absence is an error."""
+    """The browser. With NEEDS_BROWSER set, as on CI, its absence is an error."""
     sync_api = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        if os.environ.get("VLMCHAT_NEEDS_BROWSER"):
-            pytest.fail("no Chromium is installed, and VLMCHAT_NEEDS_BROWSER is set")
+        if os.environ.get("NEEDS_BROWSER"):
+            pytest.fail("no Chromium is installed, and NEEDS_BROWSER is set")
         pytest.skip("no Chromium is installed: the page was not looked at in a browser")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

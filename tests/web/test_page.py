@@ -147,7 +147,7 @@ def test_page_waits_for_a_model_and_names_one_that_went(tab: Tab) -> None:
         says(browser, "No model is there yet", "[role=alert]")
         workers.there["late"] = scripted()
         browser.wait_for_function("document.querySelector('#model input').value == 'late'")
-        ask(browser, "hello")
+        browser.locator("#retry").click()
         says(browser, "You said: hello")
         workers.there.clear()
         ask(browser, "again")
@@ -212,7 +212,7 @@ def test_page_refuses_a_picture_with_too_many_pixels(tab: Tab) -> None:
 
 
 def test_votes_and_chats_are_logged_as_llava_does(page: tuple[Served, Path], tab: Tab) -> None:
-    browser, (served_page, logs) = tab(page[0].url), page
+    browser, logs = tab(page[0].url), page[1]
     attach(browser, PNG)
     ask(browser, "vote for me")
     says(browser, "You said: vote for me")

@@ -27,7 +27,7 @@ from vlmchat.web import markup
 from vlmchat.web.log import ConversationLog, Vote
 from vlmchat.web.models import Models
 from vlmchat.web.moderation import Moderation
-from vlmchat.web.person import People, Person, Wishes
+from vlmchat.web.person import Find, People, Person, Wishes
 from vlmchat.web.shapes import MODES
 
 logger = logging.getLogger(__name__)
@@ -310,11 +310,11 @@ class Page:
             if person.busy:
                 raise InvalidRequest("an answer is under way; stop it first")
             self._attach_files(person, asked["files"])
-            backend, wishes = self._answerer(text, values)
+            wishes, find = self._wishes(values), self._finder(text, values)
             if person.editing:
-                turn = person.again(backend, wishes, text)
+                turn = person.again(find, wishes, text)
             else:
-                turn = person.ask(text, backend, wishes)
+                turn = person.ask(text, find, wishes)
             yield from self._turn(person, turn, request, {self.question: self._filled("")})
         except VlmchatError as error:
             yield {**self._told(person, error), self.question: self._filled(text)}
@@ -323,8 +323,9 @@ class Page:
         """Regenerate, and Retry after an error."""
         person = self._people.of(_tab(request))
         try:
-            backend, wishes = self._answerer(person.last_question(), values)
-            yield from self._turn(person, person.again(backend, wishes), request, {})
+            find = self._finder(person.last_question(), values)
+            turn = person.again(find, self._wishes(values))
+            yield from self._turn(person, turn, request, {})
         except VlmchatError as error:
             yield self._told(person, error)
 
@@ -340,13 +341,8 @@ class Page:
             self._write(self._log.chat, person.conversation, person.answered, _ip(request))
         yield {k: v for k, v in self._view(person).items() if k is not self.question}
 
-    def _answerer(self, text: str, values: Updates) -> tuple[Backend, Wishes]:
-        """Whoever answers, once the question has passed moderation."""
-        if not text.strip():
-            raise InvalidRequest("type a question first")
-        model = str(values[self.model] or next(iter(self._models.present()), ""))
-        if not model:
-            raise NoWorker("no model is there yet; it is chosen by itself as soon as one comes")
+    def _wishes(self, values: Updates) -> Wishes:
+        """Raises InvalidRequest, ConfigError for values that cannot be."""
         seed = str(values[self.seed] or "").strip()
         if seed and not seed.isdecimal():
             raise InvalidRequest(f"the seed is {seed[:40]!r}; it must be a whole number, or empty")
@@ -356,10 +352,24 @@ class Page:
             max_new_tokens=max(1, int(values[self.max_tokens])),
             seed=int(seed) if seed else None,
         )
-        if self._moderation is not None:
-            self._moderation.check(text)
-        wishes = Wishes(model, params, str(values[self.system] or ""), str(values[self.mode]))
-        return self._models.backend(model), wishes
+        system, mode = str(values[self.system] or ""), str(values[self.mode])
+        return Wishes(self._chosen(values), params, system, mode)
+
+    def _chosen(self, values: Updates) -> str:
+        return str(values[self.model] or next(iter(self._models.present()), ""))
+
+    def _finder(self, text: str, values: Updates) -> Find:
+        """Gives whoever answers, once the question has passed moderation."""
+        model = self._chosen(values)
+
+        def find() -> Backend:
+            if not model:
+                raise NoWorker("no model is there yet; try again in a moment")
+            if self._moderation is not None:
+                self._moderation.check(text)
+            return self._models.backend(model)
+
+        return find
 
     def _stop(self, request: gr.Request) -> None:
         self._people.of(_tab(request)).stop()

@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 REDRAW_S = 0.05  # a page is not redrawn more often while an answer streams
 MAX_WAITING = 16  # pictures
 IDLE_S = 900.0  # without a sign of life from the page, which gives one every few seconds
+
+Find = Callable[[], Backend]  # whoever answers; raises what is then told of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Person:
 
     # -- asking -------------------------------------------------------------------------------
 
-    def ask(self, text: str, backend: Backend, wishes: Wishes) -> Iterator[None]:
+    def ask(self, text: str, find: Find, wishes: Wishes) -> Iterator[None]:
         """Ask with the pictures that wait; yields when there is something new to show.
 
         Never raises but InvalidRequest, for a question that cannot be; what goes wrong with the
@@ -105,9 +107,9 @@ class Person:
         if self.open is not None and not self.open.replaces:
             images = self.open.question.images + images
         question = Message("user", text, tuple(dict.fromkeys(images)))
-        yield from self._turn(Open(self.conversation, question, False), backend, wishes)
+        yield from self._turn(Open(self.conversation, question, False), find, wishes)
 
-    def again(self, backend: Backend, wishes: Wishes, text: str | None = None) -> Iterator[None]:
+    def again(self, find: Find, wishes: Wishes, text: str | None = None) -> Iterator[None]:
         """Ask the last question once more, or `text` in its place: the old answer stays if the
         new one fails."""
         last = self._last()
@@ -116,7 +118,7 @@ class Person:
             raise InvalidRequest("type a question first")
         originals = tuple(self._originals.get(image, image) for image in question.images)
         question = replace(question, images=originals)
-        yield from self._turn(replace(last, question=question), backend, wishes)
+        yield from self._turn(replace(last, question=question), find, wishes)
 
     def stop(self) -> None:
         """End the answer under way; what was said stays."""
@@ -132,13 +134,13 @@ class Person:
         *before, last = self.conversation.turns
         return Open(replace(self.conversation, turns=tuple(before)), last.user, True)
 
-    def _turn(self, asked: Open, backend: Backend, wishes: Wishes) -> Iterator[None]:
+    def _turn(self, asked: Open, find: Find, wishes: Wishes) -> Iterator[None]:
         if not self._turn_lock.acquire(blocking=False):
             raise InvalidRequest("an answer is under way; stop it first")
         try:
             self._begin(asked)
             yield
-            yield from self._answer(asked, backend, wishes)
+            yield from self._answer(asked, find, wishes)
         except VlmchatError as error:
             self._fail(asked, error.message)
         except Exception:  # a bug: told in words, and the conversation stays
@@ -157,11 +159,11 @@ class Person:
     def _fail(self, asked: Open, message: str) -> None:
         self.open, self.trouble = asked, message
 
-    def _answer(self, asked: Open, backend: Backend, wishes: Wishes) -> Iterator[None]:
+    def _answer(self, asked: Open, find: Find, wishes: Wishes) -> Iterator[None]:
         started = time.time()
         images = tuple(self._shaped(image, wishes.mode) for image in asked.question.images)
         before = replace(asked.before, system=wishes.system)
-        session = ChatSession(backend, wishes.params, before, forgotten=self.forgotten)
+        session = ChatSession(find(), wishes.params, before, forgotten=self.forgotten)
         reply = session.ask(asked.question.text, images)
         self._reply = reply
         if self._stopped:
