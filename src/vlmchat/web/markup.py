@@ -23,9 +23,7 @@ def messages(person: Person) -> list[Said]:
     for turn in person.forgotten:
         said += _turn(person, turn, shown)
     if person.forgotten:
-        said.append(
-            _note(f"{_count(len(person.forgotten), 'turn')} above are no longer remembered")
-        )
+        said.append(_note("the model no longer remembers what stands above"))
     turns = person.conversation.turns
     if person.replacing:
         turns = turns[:-1]

@@ -54,6 +54,37 @@ class PageOptions:
     nobody: str = "No model is there yet."
 
 
+class UploadsOnly(gr.Blocks):
+    """Gradio's page, which reads what was uploaded to it and nothing else.
+
+    A browser names the files that it means. Gradio would copy any path of this machine before a
+    handler sees it (mounted as we have it, it checks none), and fetch any address.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
+    ) -> Any:
+        """See Gradio's Blocks."""
+        uploads = Path(get_upload_folder()).resolve()
+        for path in _paths(inputs):
+            if not Path(path).resolve().is_relative_to(uploads):
+                raise gr.Error("only files that were uploaded here are read", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Every path and address in what a browser sent."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _paths(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key == "path" and isinstance(item, str):
+                yield item
+            else:
+                yield from _paths(item)
+
+
 class Page:
     """The page over one source of models."""
 
@@ -69,7 +100,9 @@ class Page:
         self._models, self._people, self._loader = models, people, loader
         self._options, self._log, self._moderation = options, log, moderation
         self._uploads = Path(get_upload_folder()).resolve()
-        with gr.Blocks(title="vlmchat", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
+        with UploadsOnly(
+            title="vlmchat", analytics_enabled=False, delete_cache=(600, 600)
+        ) as blocks:
             self.blocks = blocks
             self._lay_out()
             self._connect()
@@ -117,10 +150,10 @@ class Page:
             ]
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self._lay_out_parameters()
-        with gr.Row():
+        with gr.Row(elem_id="files"):
             self.export = gr.HTML("", elem_id="export")
             self.load = gr.UploadButton(
-                "Import a conversation", size="sm", file_types=[".json"], elem_id="import"
+                "Import one", size="sm", file_types=[".json"], elem_id="import"
             )
 
     def _lay_out_parameters(self) -> None:
@@ -264,7 +297,7 @@ class Page:
             self.model: model,
             self.model_note: note,
             self.known: known,
-            self.export: f'<a class="export" {link}>Export this conversation</a>',
+            self.export: f'<a class="export" {link}>Export the conversation</a>',
         }
 
     def _leave(self, request: gr.Request) -> None:

@@ -40,7 +40,7 @@ CSS = """
 #columns { align-items: flex-start; }
 #left, #right { gap: .6rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
-.pictures img { max-height: 240px; max-width: 100%; border-radius: .5rem; margin: 0; }
+.pictures img { max-height: 200px; max-width: 100%; border-radius: .5rem; margin: 0; }
 .pictures.waiting img { max-height: 64px; }
 .trouble { border-left: .3rem solid #b91c1c; background: #fee2e2; color: #7f1d1d;
   padding: .5rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
@@ -48,7 +48,7 @@ CSS = """
 .facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color); }
 .facts meter { width: 7rem; vertical-align: middle; }
 .note { margin: 0; font-size: .9rem; }
-a.export { text-decoration: underline; font-size: .9rem; }
+a.export { text-decoration: underline; font-size: .9rem; white-space: nowrap; }
 #chat { height: 52vh !important; min-height: 260px; }
 #export { align-self: center; }
 #address-row { align-items: flex-end; }
@@ -134,6 +134,7 @@ def site(
         css=CSS,
         js=JS,
     )
+    page.blocks.has_launched = True  # from here on Gradio checks the paths that it serves and reads
     return Guard(app, only_local=only_local, ancestors="*" if embed else "'self'")
 
 
