@@ -14,6 +14,7 @@ from vlmchat.config import ImagePolicy
 from vlmchat.errors import NoWorker
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
+from vlmchat.server.pictures import Pictures
 from vlmchat.server.serve import Server, bind, port_of
 from vlmchat.web.log import ConversationLog
 from vlmchat.web.models import Models
@@ -72,7 +73,9 @@ def served(
     loader = ImageLoader(policy)
     people = People(loader)
     log = ConversationLog(log_dir) if log_dir else None
-    page = Page(models, people, loader, PageOptions(embed=embed), log, moderation)
+    page = Page(
+        models, people, loader, Pictures(policy, 16), PageOptions(embed=embed), log, moderation
+    )
     app = site(page, people, policy, answers=4, only_local=True, embed=embed)
     made: list[tuple[asyncio.AbstractEventLoop, Server]] = []
     started = threading.Event()

@@ -91,7 +91,7 @@ def test_second_question_is_refused_while_an_answer_is_under_way() -> None:
         next(person.ask("two", lambda: backend, wishes()))
     with pytest.raises(InvalidRequest, match="under way"):
         person.clear()
-    turn.close()
+    del turn  # the page has gone
     assert not person.busy
 
 
@@ -160,3 +160,18 @@ def test_concurrent_stop_reaches_the_answer_under_way() -> None:
     person.stop()
     thread.join(10)
     assert person.conversation.turns[0].interrupted
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "p.png is 9x9 pixels; resize it or raise --max-image-pixels",
+            "P.png is 9x9 pixels; resize it.",
+        ),
+        ("it is slow; --server-timeout", "It is slow."),
+        ("shorten it, or lower --max-new-tokens", "Shorten it, or lower the longest answer."),
+    ],
+)
+def test_trouble_names_no_option_of_the_program(message: str, told: str) -> None:
+    assert f">{told}<" in markup.trouble(message)

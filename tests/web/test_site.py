@@ -62,7 +62,7 @@ def test_page_opens_no_file_of_this_machine_for_a_browser(
 
 def test_page_fetches_no_private_address(http: httpx2.Client, page: Served) -> None:
     told = _event(http, "address.submit", [f"{page.url}/config"], "tab3")
-    assert "not a public address" in told
+    assert "this address may not be fetched" in told
 
 
 def test_files_beside_the_page_are_not_served(http: httpx2.Client, tmp_path: Path) -> None:

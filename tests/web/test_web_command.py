@@ -11,12 +11,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -120,8 +118,7 @@ def test_conversation_outlives_the_workers_of_its_model(start: Start, tab: Tab) 
     os.kill(workers[gone].pid, signal.SIGKILL)
     ask(browser, "Is there a red circle?")
     says(browser, "Yes")
-    os.kill(workers[left].pid, signal.SIGKILL)
-    _wait_for_no_models(controller["url"])
+    workers[left].terminate()
     says(browser, "This page looks again by itself", "#model-note")
     assert "red circle" in browser.locator("#chat").inner_text()
     start("worker", *where)
@@ -129,14 +126,3 @@ def test_conversation_outlives_the_workers_of_its_model(start: Start, tab: Tab) 
     ask(browser, "Where is the star?")
     says(browser, "in the top right")
     browser.locator("#chat .bot").nth(2).wait_for()
-
-
-def _wait_for_no_models(url: str) -> None:
-    """Let the controller look at its workers until it finds none."""
-    for _ in range(60):
-        urlopen(Request(f"{url}/refresh_all_workers", method="POST"), timeout=20).close()
-        with urlopen(Request(f"{url}/v1/models"), timeout=20) as answer:
-            if not json.load(answer)["data"]:
-                return
-        threading.Event().wait(0.5)
-    raise AssertionError("the controller still lists a worker that was killed")

@@ -141,18 +141,19 @@ def _run(
     warnings.simplefilter("ignore")  # libraries' words to developers
     logging.basicConfig(level=logging.WARNING, format="vlmchat: %(message)s", stream=sys.stderr)
     from vlmchat.images import ImageLoader
+    from vlmchat.server.pictures import Pictures
     from vlmchat.server.serve import is_loopback
     from vlmchat.web import page
     from vlmchat.web.log import ConversationLog
-    from vlmchat.web.person import People
+    from vlmchat.web.person import MAX_WAITING, People
     from vlmchat.web.site import site
 
     policy = replace(images.build(), allow_local_files=False)
-    loader = ImageLoader(policy)
+    loader, pictures = ImageLoader(policy), Pictures(policy, MAX_WAITING)
     people = People(loader)
     chosen = page.PageOptions(options.concurrency_count, options.embed)
     log = ConversationLog(options.log_dir) if options.log_dir is not None else None
-    whole = page.Page(models, people, loader, chosen, log, moderation)
+    whole = page.Page(models, people, loader, pictures, chosen, log, moderation)
     only_local = is_loopback(sock) and not options.share
     answers = options.concurrency_count
     app = site(whole, people, policy, answers=answers, only_local=only_local, embed=options.embed)
@@ -212,7 +213,7 @@ def _share(port: int) -> str:
     from gradio.networking import setup_tunnel
 
     try:
-        return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        return str(setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None))
     except Exception as error:  # whatever the download and the start of its tunnel may raise
         print(f"vlmchat: warning: --share failed: {error}", file=sys.stderr)
         return "no address: the tunnel could not be made"

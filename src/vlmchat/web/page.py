@@ -21,6 +21,7 @@ from vlmchat.config import sampling_params
 from vlmchat.errors import InvalidRequest, NoWorker, SessionError, VlmchatError
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
+from vlmchat.server.pictures import Pictures, Source
 from vlmchat.session_file import SavedSession
 from vlmchat.store import read_file
 from vlmchat.web import markup
@@ -54,7 +55,7 @@ class PageOptions:
     nobody: str = "No model is there yet."
 
 
-class UploadsOnly(gr.Blocks):
+class UploadsOnly(gr.Blocks):  # type: ignore[misc]  # Gradio's types are not read
     """Gradio's page, which reads what was uploaded to it and nothing else.
 
     A browser names the files that it means. Gradio would copy any path of this machine before a
@@ -93,11 +94,13 @@ class Page:
         models: Models,
         people: People,
         loader: ImageLoader,
+        pictures: Pictures,
         options: PageOptions,
         log: ConversationLog | None = None,
         moderation: Moderation | None = None,
     ) -> None:
-        self._models, self._people, self._loader = models, people, loader
+        self._models, self._people = models, people
+        self._loader, self._pictures = loader, pictures
         self._options, self._log, self._moderation = options, log, moderation
         self._uploads = Path(get_upload_folder()).resolve()
         with UploadsOnly(
@@ -482,7 +485,8 @@ class Page:
         try:
             if not address.lower().startswith(("http://", "https://")):
                 raise InvalidRequest("give an address that begins with http:// or https://")
-            person.attach(self._loader.load(address))
+            data = self._pictures.fetch(Source(address, "the picture"))
+            person.attach(self._loader.load_bytes(data, address))
             person.trouble = ""
         except VlmchatError as error:
             return self._told(person, error)
