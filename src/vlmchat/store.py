@@ -163,11 +163,16 @@ class SessionStore:
 
 def write_file(saved: SavedSession, path: Path) -> None:
     """One JSON file that holds everything, pictures as base64. Raises SessionError."""
+    with _told(path):
+        _write(path, encode_file(saved))
+
+
+def encode_file(saved: SavedSession) -> bytes:
+    """What `write_file` writes."""
     pictures = {
         image.sha256: base64.b64encode(image.data).decode("ascii") for image in saved.images
     }
-    with _told(path):
-        _write(path, _encoded({**to_json(saved), "pictures": pictures}))
+    return _encoded({**to_json(saved), "pictures": pictures})
 
 
 def read_file(path: Path, loader: ImageLoader) -> SavedSession:

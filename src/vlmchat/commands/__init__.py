@@ -24,6 +24,7 @@ from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
 from vlmchat.commands.status import status
 from vlmchat.commands.threads import cpu_quota, settle
+from vlmchat.commands.web import web
 from vlmchat.commands.worker import worker
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command("batch", cls=GroupedCommand)(grouped(batch))
 app.command("bench", cls=GroupedCommand)(grouped(bench))
 app.command("worker", cls=GroupedCommand)(grouped(worker))
 app.command("controller", cls=GroupedCommand)(grouped(controller))
+app.command("web", cls=GroupedCommand)(grouped(web))
 app.command("status")(status)
 app.command("config")(config)
 app.add_typer(models, name="models")

@@ -638,3 +638,69 @@ class FormOptions:
         if not isinstance(schema, dict):
             raise ConfigError(f"--schema {self.schema} holds no schema: it is not an object")
         return Grammar("json_schema", text)
+
+
+@dataclass(frozen=True, slots=True)
+class PageOptions:
+    """Where the page listens, and whose models it offers."""
+
+    panel: ClassVar = "Page"
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any free one.")
+    ] = 7860
+    controller_url: Annotated[
+        str,
+        typer.Option(
+            "--controller-url",
+            "--controller",
+            metavar="URL",
+            help="The controller whose workers answer, without --model-path and --server.",
+        ),
+    ] = "http://localhost:21001"
+    model_list_mode: Annotated[
+        Literal["once", "reload"],
+        typer.Option(
+            "--model-list-mode",
+            help="once: a model that was there stays in the list while it is away; reload: the "
+            "list is what is there now.",
+        ),
+    ] = "once"
+    concurrency_count: Annotated[
+        int, typer.Option("--concurrency-count", metavar="COUNT", min=1, help="Answers at a time.")
+    ] = 16
+    share: Annotated[
+        bool,
+        typer.Option("--share/--no-share", help="A public address for 72 hours, by Gradio's host."),
+    ] = False
+    embed: Annotated[
+        bool,
+        typer.Option(
+            "--embed/--no-embed", help="Without a title, and allowed in frames of other sites."
+        ),
+    ] = False
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-dir", metavar="DIR", help="Keep chats, votes and pictures, as LLaVA does."
+        ),
+    ] = None
+    moderate: Annotated[
+        bool,
+        typer.Option("--moderate/--no-moderate", help="Let a moderation service judge questions."),
+    ] = False
+    moderation_url: Annotated[
+        str | None,
+        typer.Option("--moderation-url", metavar="URL", help="Where it is; it speaks OpenAI's."),
+    ] = None
+    moderation_key: Annotated[
+        str | None, typer.Option("--moderation-key", metavar="KEY", help="The key that it wants.")
+    ] = None
+    as_json: Annotated[
+        bool, typer.Option("--json/--no-json", help="Say in JSON that the page is ready.")
+    ] = False
+    debug: Annotated[bool, typer.Option("--debug/--no-debug", help="Show where errors arose.")] = (
+        False
+    )

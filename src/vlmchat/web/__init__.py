@@ -1,0 +1,1 @@
+"""The web page: a chat about pictures in the browser."""

@@ -1,0 +1,317 @@
+"""One person at the page: a conversation, the pictures that wait, the answer under way.
+
+Called by the page's event handlers, in threads. Each turn is a `ChatSession` of its own over the
+conversation as a value: what fails changes nothing. Knows nothing of Gradio.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from vlmchat.conversation import Conversation, Image, Message, Turn
+from vlmchat.errors import InvalidRequest, VlmchatError
+from vlmchat.images import ImageLoader
+from vlmchat.request import Backend, FinishReason, SamplingParams, Timings, Usage
+from vlmchat.session import ChatSession, Reply, Trimmed
+from vlmchat.web.shapes import as_jpeg, shaped
+
+logger = logging.getLogger(__name__)
+
+REDRAW_S = 0.05  # a page is not redrawn more often while an answer streams
+MAX_WAITING = 16  # pictures
+IDLE_S = 900.0  # without a sign of life from the page, which gives one every few seconds
+
+Find = Callable[[], Backend]  # whoever answers; raises what is then told of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How a person wants to be answered."""
+
+    model: str
+    params: SamplingParams
+    system: str = ""
+    mode: str = "Default"
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is known of the last answer. context_length 0: nobody told."""
+
+    model: str
+    finish_reason: FinishReason
+    usage: Usage | None
+    timings: Timings | None
+    trimmed: Trimmed
+    context_length: int
+    started: float  # seconds since the epoch
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A question whose answer has failed. replaces: it was to take the last turn's place."""
+
+    before: Conversation
+    question: Message
+    replaces: bool
+
+
+class Person:
+    """What one open page is about. All methods may be called from any thread."""
+
+    def __init__(self, loader: ImageLoader) -> None:
+        self.token = secrets.token_urlsafe(18)  # who knows it may see the pictures
+        self.conversation = Conversation()
+        self.forgotten: tuple[Turn, ...] = ()
+        self.waiting: tuple[Image, ...] = ()
+        self.open: Open | None = None
+        self.pending: Message | None = None  # the question being answered
+        self.replacing = False
+        self.partial = ""
+        self.trouble = ""
+        self.answered: Answered | None = None
+        self.voted = ""
+        self.editing = False
+        self.model = ""
+        self.touched = time.monotonic()
+        self._loader = loader
+        self._reply: Reply | None = None
+        self._stopped = False
+        self._turn_lock = threading.Lock()
+        self._originals: dict[Image, Image] = {}
+        self._shown: dict[str, bytes] = {}  # of small pictures, by sha256
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is under way."""
+        return self.pending is not None
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def ask(self, text: str, find: Find, wishes: Wishes) -> Iterator[None]:
+        """Ask with the pictures that wait; yields when there is something new to show.
+
+        Never raises but InvalidRequest, for a question that cannot be; what goes wrong with the
+        answer is in `trouble`.
+        """
+        if not text.strip():
+            raise InvalidRequest("type a question first")
+        images = self.waiting
+        if self.open is not None and not self.open.replaces:
+            images = self.open.question.images + images
+        question = Message("user", text, tuple(dict.fromkeys(images)))
+        yield from self._turn(Open(self.conversation, question, False), find, wishes)
+
+    def again(self, find: Find, wishes: Wishes, text: str | None = None) -> Iterator[None]:
+        """Ask the last question once more, or `text` in its place: the old answer stays if the
+        new one fails."""
+        last = self._last()
+        question = last.question if text is None else replace(last.question, text=text)
+        if not question.text.strip():
+            raise InvalidRequest("type a question first")
+        originals = tuple(self._originals.get(image, image) for image in question.images)
+        question = replace(question, images=originals)
+        yield from self._turn(replace(last, question=question), find, wishes)
+
+    def stop(self) -> None:
+        """End the answer under way; what was said stays."""
+        self._stopped = True
+        if (reply := self._reply) is not None:
+            reply.cancel()
+
+    def _last(self) -> Open:
+        if self.open is not None:
+            return self.open
+        if not self.conversation.turns:
+            raise InvalidRequest("there is no question yet")
+        *before, last = self.conversation.turns
+        return Open(replace(self.conversation, turns=tuple(before)), last.user, True)
+
+    def _turn(self, asked: Open, find: Find, wishes: Wishes) -> Iterator[None]:
+        if not self._turn_lock.acquire(blocking=False):
+            raise InvalidRequest("an answer is under way; stop it first")
+        try:
+            self._begin(asked)
+            yield
+            yield from self._answer(asked, find, wishes)
+        except VlmchatError as error:
+            self._fail(asked, error.message)
+        except Exception:  # a bug: told in words, and the conversation stays
+            logger.exception("an answer failed")
+            self._fail(asked, "something went wrong on the server; its log says what")
+        finally:
+            self.pending, self._reply, self.partial, self.replacing = None, None, "", False
+            self._turn_lock.release()
+
+    def _begin(self, asked: Open) -> None:
+        self.pending, self.replacing = asked.question, asked.replaces
+        self.partial, self.trouble, self.voted, self.editing = "", "", "", False
+        self._stopped = False
+        self.waiting = tuple(i for i in self.waiting if i not in asked.question.images)
+
+    def _fail(self, asked: Open, message: str) -> None:
+        self.open, self.trouble = asked, message
+
+    def _answer(self, asked: Open, find: Find, wishes: Wishes) -> Iterator[None]:
+        started = time.time()
+        images = tuple(self._shaped(image, wishes.mode) for image in asked.question.images)
+        before = replace(asked.before, system=wishes.system)
+        session = ChatSession(find(), wishes.params, before, forgotten=self.forgotten)
+        reply = session.ask(asked.question.text, images)
+        self._reply = reply
+        if self._stopped:
+            reply.cancel()
+        try:
+            with reply:
+                drawn_at = 0.0
+                for _ in reply:
+                    self.partial = reply.answer
+                    if time.monotonic() - drawn_at >= REDRAW_S:
+                        yield
+                        drawn_at = time.monotonic()
+        finally:  # also when the page has gone
+            if session.conversation is not before:
+                self._keep(session, reply, wishes.model, started)
+        if session.conversation is before:
+            self._fail(asked, "stopped before anything was said")
+
+    def _keep(self, session: ChatSession, reply: Reply, model: str, started: float) -> None:
+        assert reply.finish_reason is not None
+        self.answered = Answered(
+            model=model,
+            finish_reason=reply.finish_reason,
+            usage=reply.usage,
+            timings=reply.timings,
+            trimmed=reply.trimmed,
+            context_length=session.backend.status().context_length,
+            started=started,
+            finished=time.time(),
+        )
+        self.conversation, self.forgotten = session.conversation, session.forgotten
+        self.open = None
+
+    def _shaped(self, image: Image, mode: str) -> Image:
+        result = shaped(image, mode, self._loader)
+        self._originals[result] = image
+        return result
+
+    # -- between answers ----------------------------------------------------------------------
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        if not self._turn_lock.acquire(blocking=False):
+            raise InvalidRequest("an answer is under way; stop it first")
+        try:
+            self.trouble = ""
+            yield
+        finally:
+            self._turn_lock.release()
+
+    def attach(self, image: Image) -> None:
+        """Send the picture with the next question. Raises InvalidRequest when they are many."""
+        if len(self.waiting) >= MAX_WAITING:
+            raise InvalidRequest(f"{MAX_WAITING} pictures wait already; send them first")
+        if image not in self.waiting:
+            self.waiting = (*self.waiting, image)
+
+    def keep_waiting(self, indices: list[int]) -> None:
+        """Of the pictures that wait, only these."""
+        self.waiting = tuple(image for i, image in enumerate(self.waiting) if i in indices)
+
+    def last_question(self) -> str:
+        """The text that `again` would ask. Raises InvalidRequest when there is none."""
+        return self._last().question.text
+
+    def undo(self) -> str:
+        """Take the last question back: its text is returned, its pictures wait again."""
+        with self._at_rest():
+            last = self._last()
+            own = tuple(self._originals.get(image, image) for image in last.question.images)
+            self.waiting = tuple(dict.fromkeys((*own, *self.waiting)))
+            if self.open is None or self.open.replaces:
+                self.conversation = last.before
+            self.open, self.answered, self.voted = None, None, ""
+            return last.question.text
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._at_rest():
+            self.conversation, self.forgotten, self.waiting = Conversation(), (), ()
+            self.open, self.answered, self.voted, self.editing = None, None, "", False
+            self._originals, self._shown = {}, {}
+
+    def resume(self, conversation: Conversation, forgotten: tuple[Turn, ...]) -> None:
+        """Go on with another conversation."""
+        self.clear()
+        self.conversation, self.forgotten = conversation, forgotten
+
+    # -- pictures on the page -----------------------------------------------------------------
+
+    def shown(self, sha256: str) -> bytes | None:
+        """A picture of this person as a small JPEG; None for any other."""
+        if sha256 not in self._shown:
+            image = next((i for i in self._all_images() if i.sha256 == sha256), None)
+            if image is None:
+                return None
+            self._shown[sha256] = as_jpeg(image)
+        return self._shown[sha256]
+
+    def _all_images(self) -> Iterator[Image]:
+        yield from self.waiting
+        for message in (self.pending, self.open and self.open.question):
+            yield from message.images if message else ()
+        yield from self.conversation.images
+        for turn in self.forgotten:
+            yield from turn.user.images
+
+
+class People:
+    """Everybody who has the page open, by the name that Gradio gives their tab."""
+
+    def __init__(self, loader: ImageLoader) -> None:
+        self._loader = loader
+        self._people: dict[str, Person] = {}
+        self._lock = threading.Lock()
+
+    def of(self, tab: str) -> Person:
+        """The person at this tab; a new one where nobody was."""
+        with self._lock:
+            self._forget_idle()
+            person = self._people.get(tab)
+            if person is None:
+                person = self._people[tab] = Person(self._loader)
+            person.touched = time.monotonic()
+            return person
+
+    def by_token(self, token: str) -> Person | None:
+        """The person whose secret this is."""
+        with self._lock:
+            found = [p for p in self._people.values() if secrets.compare_digest(p.token, token)]
+        return found[0] if found else None
+
+    def leave(self, tab: str) -> None:
+        """The tab is closed: its answer is stopped, everything in it forgotten."""
+        with self._lock:
+            person = self._people.pop(tab, None)
+        if person is not None:
+            person.stop()
+
+    def close(self) -> None:
+        """Everybody leaves."""
+        for tab in list(self._people):
+            self.leave(tab)
+
+    def __len__(self) -> int:
+        return len(self._people)
+
+    def _forget_idle(self) -> None:
+        limit = time.monotonic() - IDLE_S
+        for tab in [tab for tab, p in self._people.items() if p.touched < limit]:
+            self._people.pop(tab).stop()

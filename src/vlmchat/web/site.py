@@ -1,0 +1,177 @@
+"""The web application: Gradio's, the people's pictures and conversations, and a guard before all.
+
+Called by `commands/web`. The guard lets in requests for hosts of this machine only where the page
+is open to this machine only, and tells browsers to load nothing from other hosts.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio.themes.utils.fonts import Font
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlmchat.config import ImagePolicy
+from vlmchat.request import SamplingParams
+from vlmchat.session_file import SavedSession
+from vlmchat.store import encode_file
+from vlmchat.web.page import Page
+from vlmchat.web.person import People
+
+_CSP = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors {ancestors}"
+)
+THREADS_BESIDE_ANSWERS = 32
+
+CSS = """
+.gradio-container { max-width: 1400px !important; }
+#columns { align-items: flex-start; }
+#left, #right { gap: .6rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
+.pictures img { max-height: 200px; max-width: 100%; border-radius: .5rem; margin: 0; }
+.pictures.waiting img { max-height: 64px; }
+.trouble { border-left: .3rem solid #b91c1c; background: #fee2e2; color: #7f1d1d;
+  padding: .5rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
+.dark .trouble { background: #450a0a; color: #fecaca; }
+.facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color); }
+.facts meter { width: 7rem; vertical-align: middle; }
+.note { margin: 0; font-size: .9rem; }
+a.export { text-decoration: underline; font-size: .9rem; white-space: nowrap; }
+#chat { height: 52vh !important; min-height: 260px; }
+#export { align-self: center; }
+#address-row { align-items: flex-end; }
+#waiting:not(:has(img)) { display: none !important; }
+#model-note:not(:has(b)) { display: none !important; }
+#trouble-row:not(:has(.trouble)) { display: none !important; }
+#actions { gap: .4rem; }
+#actions button { flex: 1 1 5rem; }
+*:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px; }
+@media (max-width: 700px) {
+  #right { order: -1; }
+  #chat { height: 46vh !important; }
+  .pictures img { max-height: 160px; }
+}
+footer { display: none !important; }
+"""
+JS = """() => {
+  document.documentElement.lang = "en";
+  const name = () => {  // what Gradio leaves without one
+    document.querySelector("#question textarea")?.setAttribute("aria-label", "Question");
+  };
+  name();
+  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  document.addEventListener("keydown", (event) => {
+    const stop = document.querySelector("#stop");
+    if (event.key === "Escape" && stop && !stop.disabled) stop.click();
+  });
+}"""
+
+
+def site(
+    page: Page, people: People, policy: ImagePolicy, *, answers: int, only_local: bool, embed: bool
+) -> ASGIApp:
+    """The whole application. It must be run with ASGI's lifespan.
+
+    answers: at a time. only_local: requests must name a host of this machine. embed: the page may
+    stand in a frame of another site.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def picture(request: Request) -> Response:
+        person = people.by_token(request.path_params["token"])
+        data = person and person.shown(request.path_params["sha256"])
+        if not data:
+            return PlainTextResponse("no such picture", 404)
+        return Response(data, media_type="image/jpeg", headers=_PRIVATE)
+
+    async def conversation(request: Request) -> Response:
+        person = people.by_token(request.path_params["token"])
+        if person is None:
+            return PlainTextResponse("no such conversation", 404)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        model = person.answered.model if person.answered else ""
+        params = SamplingParams(top_p=0.7)
+        saved = SavedSession(
+            "web", model, params, person.conversation, now, now, person.forgotten, person.waiting
+        )
+        headers = {**_PRIVATE, "content-disposition": 'attachment; filename="conversation.json"'}
+        return Response(encode_file(saved), media_type="application/json", headers=headers)
+
+    app.router.routes += [
+        Route("/picture/{token}/{sha256}", picture),
+        Route("/conversation/{token}", conversation),
+    ]
+    page.blocks.max_threads = answers + THREADS_BESIDE_ANSWERS
+    fonts = [Font("system-ui"), Font("Segoe UI"), Font("Roboto"), Font("sans-serif")]
+    gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=policy.max_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(
+            primary_hue="blue", font=fonts, font_mono=[Font("ui-monospace"), Font("monospace")]
+        ),
+        css=CSS,
+        js=JS,
+    )
+    page.blocks.has_launched = True  # from here on Gradio checks the paths that it serves and reads
+    return Guard(app, only_local=only_local, ancestors="*" if embed else "'self'")
+
+
+_PRIVATE = {"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"}
+
+
+class Guard:
+    """Before the application: hosts that may be asked for; headers that keep a page at home."""
+
+    def __init__(self, app: ASGIApp, *, only_local: bool, ancestors: str) -> None:
+        self._app, self._only_local = app, only_local
+        self._policy = _CSP.format(ancestors=ancestors)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._only_local and not _is_local(Headers(scope=scope).get("host", "")):
+            text = "this page is for this machine only; --host opens it\n"
+            await PlainTextResponse(text, 403)(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["content-security-policy"] = self._policy
+                headers["x-content-type-options"] = "nosniff"
+                headers["referrer-policy"] = "no-referrer"
+            await send(message)
+
+        await self._app(scope, receive, guarded)
+
+
+def _is_local(host: str) -> bool:
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"

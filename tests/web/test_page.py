@@ -1,0 +1,297 @@
+"""The page, in a real browser, over scripted models."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image as PILImage
+
+from tests.fakes import ScriptedBackend, picture
+from tests.web.pages import Served, Workers, long_answer, scripted, served
+from vlmchat.config import ImagePolicy
+from vlmchat.errors import NetworkError
+
+Tab = Callable[..., Any]
+# Gradio and pandas remark on each other; vlmchat web ignores it too.
+pytestmark = pytest.mark.filterwarnings("ignore")
+PAUSE = threading.Event()  # never set
+PNG = {"name": "red.png", "mimeType": "image/png", "buffer": picture().data}
+
+
+@pytest.fixture(scope="module")
+def backend() -> ScriptedBackend:
+    """Answers quickly, `You said: …` unless told otherwise."""
+    return scripted()
+
+
+@pytest.fixture(scope="module")
+def page(
+    backend: ScriptedBackend, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, Path]]:
+    """A page with one model and a log."""
+    logs = tmp_path_factory.mktemp("logs")
+    with served(Workers({"scripted": backend}), log_dir=logs) as running:
+        yield running, logs
+
+
+def ask(tab: Any, text: str) -> None:
+    tab.locator("#question textarea").fill(text)
+    tab.locator("#question textarea").press("Enter")
+
+
+def says(tab: Any, text: str, where: str = "#chat") -> None:
+    tab.locator(where).get_by_text(text).first.wait_for()
+
+
+def enabled(tab: Any, button: str) -> None:
+    tab.locator(f"{button}:not([disabled])").wait_for()
+
+
+def attach(tab: Any, *files: Any) -> None:
+    tab.locator('#question input[type="file"]').set_input_files(list(files))
+    tab.locator("#question .thumbnail-item").first.wait_for()
+
+
+def test_page_answers_a_question_about_an_uploaded_picture(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    browser.locator('#picture input[type="file"]').set_input_files([PNG])
+    browser.locator("#waiting img").wait_for()
+    ask(browser, "What is red?")
+    says(browser, "You said: What is red?")
+    assert [i.source for i in backend.seen[-1].images] == ["red.png"]
+    image = browser.locator("#chat .pictures img")
+    assert image.get_attribute("alt") == "red.png, 8 × 6 pixels"
+    assert image.evaluate("i => i.complete && i.naturalWidth") == 8
+
+
+def test_page_sends_several_pictures_pasted_with_the_question(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    blue = {"name": "b.png", "mimeType": "image/png", "buffer": picture("b.png", "blue").data}
+    attach(browser, PNG, blue)
+    ask(browser, "Compare them.")
+    says(browser, "You said: Compare them.")
+    assert len(backend.seen[-1].images) == 2
+
+
+def test_page_streams_and_stop_ends_the_answer(tab: Tab) -> None:
+    slow = scripted([long_answer()], delay_s=0.02)
+    with served(Workers({"m": slow})) as running:
+        browser = tab(running.url)
+        ask(browser, "Go on.")
+        says(browser, "word5")
+        browser.locator("#stop").click()
+        says(browser, "(stopped)")
+        assert "word399" not in browser.locator("#chat").inner_text()
+        enabled(browser, "#regenerate")
+
+
+def test_page_regenerates_edits_undoes_and_clears(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["first answer", "second answer", "third answer"]
+    ask(browser, "Question one")
+    says(browser, "first answer")
+    browser.locator("#regenerate").click()
+    says(browser, "second answer")
+    assert "first answer" not in browser.locator("#chat").inner_text()
+    browser.locator("#edit").click()
+    browser.wait_for_function("document.querySelector('#question textarea').value != ''")
+    ask(browser, "Question two")
+    says(browser, "third answer")
+    assert "Question one" not in browser.locator("#chat").inner_text()
+    browser.locator("#undo").click()
+    browser.wait_for_function(
+        "document.querySelector('#question textarea').value == 'Question two'"
+    )
+    ask(browser, "Question three")
+    says(browser, "You said: Question three")
+    browser.locator("#clear").click()
+    says(browser, "Add a picture and ask about it.")
+
+
+def test_page_keeps_the_conversation_when_an_answer_fails_and_retries_it(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["fine", NetworkError("the worker went away"), "back again"]
+    ask(browser, "one")
+    says(browser, "fine")
+    ask(browser, "two")
+    says(browser, "The worker went away", "[role=alert]")
+    assert "fine" in browser.locator("#chat").inner_text()
+    browser.locator("#retry").click()
+    says(browser, "back again")
+    assert len(backend.seen[-1].turns) == 1
+    assert browser.locator("[role=alert]").count() == 0
+
+
+def test_page_waits_for_a_model_and_names_one_that_went(tab: Tab) -> None:
+    workers = Workers()
+    with served(workers) as running:
+        browser = tab(running.url)
+        says(browser, "No model is there yet.", "#model-note")
+        ask(browser, "hello")
+        says(browser, "No model is there yet", "[role=alert]")
+        workers.there["late"] = scripted()
+        browser.wait_for_function("document.querySelector('#model input').value == 'late'")
+        browser.locator("#retry").click()
+        says(browser, "You said: hello")
+        workers.there.clear()
+        ask(browser, "again")
+        says(browser, "The model late is not there at present", "[role=alert]")
+        workers.there["late"] = scripted()
+        browser.locator("#retry").click()
+        says(browser, "You said: again")
+
+
+def test_page_honours_the_model_in_its_address(tab: Tab) -> None:
+    with served(Workers({"a": scripted(), "b": scripted()})) as running:
+        browser = tab(f"{running.url}/?model=b")
+        browser.wait_for_function("document.querySelector('#model input').value == 'b'")
+
+
+def test_page_keeps_two_tabs_apart(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    one, two = tab(page[0].url), tab(page[0].url)
+    ask(one, "my secret")
+    says(one, "You said: my secret")
+    ask(two, "hello")
+    says(two, "You said: hello")
+    assert "secret" not in two.locator("#chat").inner_text()
+    assert backend.seen[-1].turns == ()
+
+
+def test_closed_tab_stops_its_answer_and_is_forgotten(tab: Tab) -> None:
+    slow = scripted([long_answer(3000)], delay_s=0.02)
+    with served(Workers({"m": slow})) as running:
+        browser = tab(running.url)
+        ask(browser, "Go on.")
+        says(browser, "word5")
+        (person,) = running.people._people.values()
+        browser.context.close()
+        for _ in range(500):
+            if not person.busy and not len(running.people):
+                break
+            PAUSE.wait(0.02)
+        assert not person.busy
+        assert len(running.people) == 0
+
+
+def test_page_says_what_is_wrong_with_a_picture(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    text = {"name": "notes.jpg", "mimeType": "image/jpeg", "buffer": b"just some words"}
+    attach(browser, text)
+    ask(browser, "What is this?")
+    says(browser, "Notes.jpg is text, not a picture", "[role=alert]")
+    assert browser.locator("#question textarea").input_value() == "What is this?"
+
+
+def test_page_refuses_a_picture_with_too_many_pixels(tab: Tab) -> None:
+    file = BytesIO()
+    PILImage.new("RGB", (400, 300)).save(file, "PNG")
+    photo = {"name": "photo.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    policy = ImagePolicy(max_pixels=100_000, allow_local_files=False)
+    with served(Workers({"m": scripted()}), policy) as running:
+        browser = tab(running.url)
+        browser.locator('#picture input[type="file"]').set_input_files([photo])
+        says(browser, "400x300", "[role=alert]")
+
+
+def test_votes_and_chats_are_logged_as_llava_does(page: tuple[Served, Path], tab: Tab) -> None:
+    browser, logs = tab(page[0].url), page[1]
+    attach(browser, PNG)
+    ask(browser, "vote for me")
+    says(browser, "You said: vote for me")
+    enabled(browser, "#upvote")
+    browser.locator("#upvote").click()
+    browser.locator("#upvote[disabled]").wait_for()
+    (file,) = logs.glob("*-conv.json")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    chat, vote = [r for r in records if "vote for me" in str(r)]
+    assert (chat["type"], vote["type"]) == ("chat", "upvote")
+    assert chat["state"]["messages"][0] == ["USER", "vote for me\n<image>"]
+    assert len(list(logs.glob(f"serve_images/*/{chat['images'][0]}.jpg"))) == 1
+
+
+def test_exported_conversation_can_be_imported(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab, tmp_path: Path
+) -> None:
+    browser = tab(page[0].url)
+    attach(browser, PNG)
+    ask(browser, "remember this")
+    says(browser, "You said: remember this")
+    with browser.expect_download() as download:
+        browser.locator("a.export").click()
+    download.value.save_as(tmp_path / "chat.json")
+    other = tab(page[0].url)
+    other.locator('input[type="file"][accept=".json"]').set_input_files(tmp_path / "chat.json")
+    says(other, "You said: remember this")
+    ask(other, "and now?")
+    says(other, "You said: and now?")
+    assert [t.user.text for t in backend.seen[-1].turns] == ["remember this"]
+    assert len(backend.seen[-1].images) == 1
+
+
+def test_page_asks_no_other_host_for_anything(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    ask(browser, "hello")
+    says(browser, "You said: hello")
+    hosts = {urlsplit(url).netloc for url in browser.requested if url.startswith("http")}
+    assert hosts == {urlsplit(page[0].url).netloc}
+
+
+def test_page_fits_a_phone(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url, viewport={"width": 375, "height": 720})
+    ask(browser, "hello from a phone")
+    says(browser, "You said: hello from a phone")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 375
+    chat, model = (browser.locator(i).bounding_box() for i in ("#chat", "#model"))
+    assert chat["y"] < model["y"]
+
+
+def test_page_can_be_used_by_keyboard_alone(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    browser.locator("#question textarea").focus()
+    browser.keyboard.type("typed")
+    browser.keyboard.press("Enter")
+    says(browser, "You said: typed")
+    enabled(browser, "#undo")
+    for _ in range(12):
+        browser.keyboard.press("Tab")
+        if browser.evaluate("document.activeElement.id") == "undo":
+            break
+    browser.keyboard.press("Enter")
+    browser.wait_for_function("document.querySelector('#question textarea').value == 'typed'")
+
+
+def test_every_control_has_a_name(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    nameless = browser.evaluate(
+        """() => [...document.querySelectorAll('button, textarea, input:not([type=file])')]
+        .filter(e => e.offsetParent && !(e.innerText || e.ariaLabel || e.title
+          || (e.labels && e.labels.length) || e.closest('label')
+          || e.getAttribute('aria-labelledby')))
+        .map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+
+
+def test_page_shows_how_full_the_context_is(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    ask(browser, "how full")
+    says(browser, "context:", "#facts")
+    assert re.search(r"context: \d+ of 2048 tokens", browser.locator("#facts").inner_text())
