@@ -266,7 +266,9 @@ def _loader(
     def load() -> Backend:
         from vlmchat.engine.engine import Engine
 
-        return Engine.load(config, show, slots)
+        engine = Engine.load(config, show, slots)
+        engine.warm_up().wait()
+        return engine
 
     return server.model_name or name_of(config.path), load
 
