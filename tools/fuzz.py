@@ -111,7 +111,23 @@ def requests() -> Callable[[random.Random], None]:
         **{"stream": True, "stream_options": {"include_usage": True}, "response_format": schema},
         **{"vlmchat_token_ids": True, "user": None, "truncation": "auto"},
     }
-    values = (None, 0, -1, 2**70, 1e308, "", "x", "\ud800", [], {}, [[]], True, [None], {"a": {}})
+    values: list[object] = [
+        None,
+        0,
+        -1,
+        2**70,
+        1e308,
+        "",
+        "x",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        True,
+        [None],
+        {"a": {}},
+    ]
+    written = [json.dumps(value) for value in values]
 
     def case(chance: random.Random) -> None:
         if chance.random() < 0.5:
@@ -122,7 +138,7 @@ def requests() -> Callable[[random.Random], None]:
         else:
             parsed = json.loads(json.dumps(body))
             for _ in range(chance.randint(1, 3)):
-                _replace(parsed, chance.choice(values), chance)
+                _replace(parsed, json.loads(chance.choice(written)), chance)
         parse_chat(parsed)
 
     return case

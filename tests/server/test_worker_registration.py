@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,6 +25,7 @@ class Controller:
     def __init__(self, exist: bool = True) -> None:
         self.told: list[tuple[str, Any]] = []
         self.exist = exist
+        self.refuses = ""
         self.app = Starlette(
             routes=[
                 Route("/register_worker", self._note, methods=["POST"]),
@@ -33,6 +35,8 @@ class Controller:
 
     async def _note(self, request: Request) -> Response:
         self.told.append((request.url.path, json.loads(await request.body())))
+        if self.refuses:
+            return JSONResponse({"error": {"message": self.refuses}}, 403)
         return JSONResponse({"exist": self.exist} if "beat" in request.url.path else None)
 
     async def heard(self, path: str, count: int = 1) -> list[Any]:
@@ -104,3 +108,16 @@ def test_heartbeat_tries_until_the_controller_is_there() -> None:
         await serving
 
     _run(test)
+
+
+def test_heartbeat_logs_why_the_controller_refuses_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(controller: Controller, heart: Heartbeat, server: Server, sock: Any) -> None:
+        controller.refuses = "another worker answers there"
+        serving = asyncio.create_task(server.run_on(sock))
+        await controller.heard("/register_worker", 2)
+        server.stop()
+        await serving
+
+    with caplog.at_level("WARNING"):
+        _run(test)
+    assert caplog.text.count("another worker answers there; trying on") == 1

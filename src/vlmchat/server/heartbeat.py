@@ -62,7 +62,7 @@ class Heartbeat:
 
     async def run(self) -> None:
         """Until `goodbye`."""
-        pause_s = FIRST_PAUSE_S
+        pause_s, told = FIRST_PAUSE_S, ""
         while not self._over:
             try:
                 if not self.registered:
@@ -71,14 +71,13 @@ class Heartbeat:
                     logger.warning("the controller has forgotten this worker; registering again")
                     self.registered = False
                     continue
-                pause_s = FIRST_PAUSE_S
+                pause_s, told = FIRST_PAUSE_S, ""
             except (httpx2.HTTPError, ValueError) as error:
-                level = logging.WARNING if pause_s == FIRST_PAUSE_S else logging.DEBUG
+                reason = _reason(error)
+                level = logging.WARNING if reason != told else logging.DEBUG
+                told = reason
                 logger.log(
-                    level,
-                    "controller %s: %s; trying on",
-                    self._registration.controller,
-                    str(error) or type(error).__name__,
+                    level, "controller %s: %s; trying on", self._registration.controller, reason
                 )
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -129,3 +128,12 @@ class Heartbeat:
         response = await self._http.post(path, json=body)
         response.raise_for_status()
         return response.json()
+
+
+def _reason(error: Exception) -> str:
+    """On one line; a controller's own words where it has refused."""
+    if isinstance(error, httpx2.HTTPStatusError):
+        with suppress(ValueError, KeyError, TypeError):
+            return str(error.response.json()["error"]["message"])[:500]
+        return f"answered {error.response.status_code}"
+    return str(error) or type(error).__name__
