@@ -404,7 +404,11 @@ class Engine:
         if sequence.params.logprobs is not None:
             sequence.rank(self._sampler.rank(sequence.params.logprobs, logits, token))
         state = sequence.sampler_state
-        state.advance(token)
+        try:
+            state.advance(token)
+        except VlmchatError as error:  # a grammar that its own mask contradicts
+            self._scheduler.drop(sequence, error)
+            return
         if sequence.drafter is not None:
             sequence.drafter.append(token)
         sequence.append(token)
