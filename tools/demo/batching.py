@@ -180,9 +180,9 @@ class Encoder:
         if not places:
             empty, none = torch.zeros((0, length), dtype=torch.bool), torch.zeros(0)
             return torch.zeros(0, dtype=torch.long), empty, empty, none, empty, none
-        wanted, weight = torch.from_numpy(np.stack(masks)), torch.tensor(weights)
+        wanted, weighted = torch.from_numpy(np.stack(masks)), torch.tensor(weights)
         at = torch.tensor(places)
-        return at, wanted[:, 0], wanted[:, 1], weight[:, 0], wanted[:, 2], weight[:, 1]
+        return at, wanted[:, 0], wanted[:, 1], weighted[:, 0], wanted[:, 2], weighted[:, 1]
 
     def batch(self, samples: list[Sample], shown: Pictures) -> Batch:
         """All samples, padded to the same length."""

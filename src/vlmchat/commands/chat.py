@@ -124,8 +124,8 @@ def open_backend(
     limits: EngineConfig,
     err: Console,
     *,
-    later: bool,
     debug: bool,
+    later: bool = False,
 ) -> Backend:
     """Whoever answers: the engine with its model, or the server that was asked for.
 
