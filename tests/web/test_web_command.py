@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,8 @@ def test_conversation_outlives_the_workers_of_its_model(start: Start, tab: Tab) 
     ask(browser, "Is there a red circle?")
     says(browser, "Yes")
     workers[left].terminate()
+    workers[left].wait(20)
+    httpx2.post(f"{controller['url']}/refresh_all_workers", trust_env=False, timeout=20)
     says(browser, "This page looks again by itself", "#model-note")
     assert "red circle" in browser.locator("#chat").inner_text()
     start("worker", *where)

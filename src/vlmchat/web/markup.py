@@ -44,8 +44,9 @@ def messages(person: Person) -> list[Said]:
 
 
 def _turn(person: Person, turn: Turn, shown: set[Image]) -> list[Said]:
-    answer = turn.answer + ("\n\n*(stopped)*" if turn.interrupted else "")
-    return [*_question(person, turn.user, shown), {"role": "assistant", "content": answer or "…"}]
+    answer = turn.answer or "*(the model said nothing)*"
+    answer += "\n\n*(stopped)*" if turn.interrupted else ""
+    return [*_question(person, turn.user, shown), {"role": "assistant", "content": answer}]
 
 
 def _question(person: Person, message: Message, shown: set[Image]) -> list[Said]:
