@@ -373,7 +373,6 @@ def test_load_bytes_rejects_pixels_that_are_not_numbers() -> None:
     [
         pytest.param(PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", RED, id="cmyk-jpeg"),
         pytest.param(PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", RED, id="cmyk-tiff"),
-        pytest.param(PILImage.new("YCbCr", (8, 8), (76, 85, 255)), "TIFF", RED, id="ycbcr"),
         pytest.param(PILImage.new("LAB", (8, 8), (255, 128, 128)), "TIFF", WHITE, id="lab"),
         pytest.param(PILImage.new("L", (8, 8), 9), "JPEG", (9, 9, 9), id="grey"),
         pytest.param(PILImage.new("1", (8, 8), 1), "BMP", WHITE, id="bit"),

@@ -6,6 +6,7 @@ minute, `broken` fails after a moment.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,11 @@ class Counting(ScriptedBackend):
             self.answers = [" ".join(str(number) for number in range(6000))]
         return super().stream(conversation, params)
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> threading.Event:
         """As `Engine` has it."""
+        over = threading.Event()
+        over.set()
+        return over
 
 
 backend: Any = Counting(context_length=20_000, delay_s=0.01)
