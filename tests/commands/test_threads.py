@@ -14,7 +14,7 @@ def test_threads_spin_little_and_keep_to_the_quota(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     env: dict[str, str] = {}
     settle(env, 2.5)
-    assert env == {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "2"}
+    assert env == {"GOMP_SPINCOUNT": "20000", "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.parametrize(

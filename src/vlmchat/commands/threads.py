@@ -11,9 +11,9 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 # GNU's OpenMP spins so often at the end of each operation before a thread sleeps. Its own 300,000
-# make a decode step 8 to 12 times slower once another program wants the cores; with 1,000 a step
-# was as fast on a machine at rest.
-_SPIN_COUNT = 1000
+# make a decode step 8 to 12 times slower once another program wants the cores; 1,000 do not last to
+# the next operation, and waking a thread for each costs a third of a decode step.
+_SPIN_COUNT = 20_000
 
 
 def settle(env: MutableMapping[str, str], quota: float | None) -> None:

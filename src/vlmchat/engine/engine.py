@@ -152,6 +152,7 @@ class Engine:
         """
         from vlmchat.engine.capacity import make_runner
         from vlmchat.engine.grammar import Grammars
+        from vlmchat.engine.memory import give_threads_back
         from vlmchat.engine.processor import Processor
         from vlmchat.engine.sampler import Sampler
         from vlmchat.engine.vision import VisionCache
@@ -159,6 +160,7 @@ class Engine:
         spec, vision = loaded.spec, VisionCache(loaded.model, limits.image_cache)
         grammars = Grammars(loaded.processor.tokenizer, spec.eos_token_ids)
         runner, slots, name = make_runner(loaded, vision, config, limits)
+        give_threads_back()  # from here on the engine's own thread computes
         fewer = slots.count < (limits.max_num_seqs or 1)
         asked = f"; {limits.max_num_seqs} were asked for, more do not fit" if fewer else ""
         progress(f"{'note: ' if fewer else ''}slots for conversations: {slots}{asked}")

@@ -6,9 +6,11 @@ weight; loader and runner wrap what may still run out of memory.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ from vlmchat.errors import OutOfMemory
 
 # torch has a class of its own for CUDA only: its CPU allocator, Metal and cuBLAS say it in words.
 _OUT_OF_MEMORY = re.compile("allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+_OMP_PAUSE_HARD = 2  # OpenMP 5.0, omp_pause_resource_t
 
 
 def check_memory(model: Any, precision: Precision) -> float:
@@ -51,6 +54,19 @@ def memory_errors(message: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         raise OutOfMemory(message) from error
+
+
+def give_threads_back() -> None:
+    """End OpenMP's threads that the calling thread has used, where torch has GNU's OpenMP.
+
+    Each Python thread that computes gets a team of its own; with two of them there are more threads
+    than cores, and then OpenMP lets them sleep between any two operations.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        pause = getattr(ctypes.CDLL(str(library)), "omp_pause_resource_all", None)
+        if pause is not None:
+            pause(_OMP_PAUSE_HARD)
 
 
 def free_bytes(device: torch.device) -> float:
