@@ -87,9 +87,9 @@ SYSTEM_LINES = (
     "You are a careful expert. Look at the image before you answer.",
 )
 WEIGHTS = {
-    "color": 10,
-    "shape": 10,
-    "count": 13,
+    "color": 11,
+    "shape": 12,
+    "count": 22,
     "exist": 13,
     "place": 12,
     "region": 6,

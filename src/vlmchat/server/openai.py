@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vlmchat.conversation import Conversation, Image, Message, Turn
 from vlmchat.errors import InvalidRequest, PromptTooLong, UnsupportedParameter
+from vlmchat.openai_wire import write_usage
 from vlmchat.request import DrawnToken, FinishReason, Grammar, SamplingParams, Usage
 from vlmchat.server.dispatch import prefix_hashes
 from vlmchat.server.pictures import Source
@@ -443,7 +444,7 @@ class Reply:
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last one, for who asked for it."""
-        return {**self._head, "choices": [], "usage": usage_object(usage)}
+        return {**self._head, "choices": [], "usage": write_usage(usage)}
 
     def whole(self, choices: Sequence[Said], usage: Usage) -> dict[str, Any]:
         """Everything in one object."""
@@ -460,7 +461,7 @@ class Reply:
             if self._request.token_ids:
                 choice["vlmchat_token_ids"] = list(said.token_ids)
             listed.append(choice)
-        return {**self._head, "choices": listed, "usage": usage_object(usage), **self._trimmed}
+        return {**self._head, "choices": listed, "usage": write_usage(usage), **self._trimmed}
 
     def _chunk(
         self, choice: int, delta: dict[str, Any], finish_reason: str | None = None
@@ -490,19 +491,6 @@ def total(usages: Iterable[Usage]) -> Usage:
     if not every:
         return Usage(0, 0, 0, 0)
     return replace(every[0], completion_tokens=sum(usage.completion_tokens for usage in every))
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's, with the pictures' tokens beside the cached ones."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cached_tokens,
-            "image_tokens": usage.image_tokens,
-        },
-    }
 
 
 def _logprobs(tokens: Sequence[DrawnToken]) -> dict[str, Any]:
