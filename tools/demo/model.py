@@ -47,7 +47,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_config() -> LlavaConfig:
-    """About 2.8 million parameters."""
+    """About 3.8 million parameters."""
     vision = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
         intermediate_size=4 * TOWER_WIDTH,
@@ -62,7 +62,7 @@ def build_config() -> LlavaConfig:
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=2048,

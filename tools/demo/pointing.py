@@ -2,8 +2,8 @@
 
 Finding "the red circle" among 144 patches from the loss of the words alone takes very long.  One
 head of the second layer is told to look at the shapes that a question mentions, and one of the
-third layer at the shapes that the answer is about (at the first token when there are none).
-Another one of the third layer spreads evenly over the first token and the middles of those shapes,
+fourth layer at the shapes that the answer is about (at the first token when there are none).
+Another one of the fourth layer spreads evenly over the first token and the middles of those shapes,
 so that the share of the first token tells how many there are.
 """
 
@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tools.demo.attention import FORBIDDEN
 from tools.demo.batching import Batch
 
-HEADS = ((1, 0), (2, 0))
-COUNTING = (2, 1)
+HEADS = ((1, 0), (3, 0))
+COUNTING = (3, 1)
 
 
 def _scores(decoder: Any, hidden: Tensor, layer: int, head: int, positions: Tensor) -> Tensor:

@@ -28,11 +28,14 @@ from tools.demo.batching import IMAGE_ID, Batch, Encoder, train_tokenizer
 from tools.demo.model import PatchHeads, build_model, build_processor, normalised, patch_loss
 from tools.demo.pointing import pointing_loss
 from tools.demo.pool import start_pool
+from tools.demo.scenes import Scene
 from tools.demo.tower import Album, Pictures, train_tower
 
 CHECKED = 20
 POINTING = 0.4
-MakeSamples = Callable[[Pictures, random.Random], list[samples.Sample]]
+# Pictures a step that only the tower sees: it is cheap, and names small shapes the better for it.
+TOWER_ONLY = 24
+MakeSamples = Callable[[list[Scene], random.Random], list[samples.Sample]]
 DESCRIBE_FIRST = {"list": 1, "color": 2, "shape": 2, "place": 2, "exist": 2, "count": 1}
 
 
@@ -57,19 +60,19 @@ STAGES = (
 )
 
 
-def describing(pictures: Pictures, rng: random.Random) -> list[samples.Sample]:
+def describing(scenes: list[Scene], rng: random.Random) -> list[samples.Sample]:
     """A description of every picture, and a few questions beside it."""
     made = []
-    for number, scene in enumerate(pictures.scenes):
+    for number, scene in enumerate(scenes):
         sample = samples.picture_sample(number, scene, rng, 4, DESCRIBE_FIRST, 0.0)
         sample.blocks.insert(0, [samples.one(scene, rng, {"describe": 1})])
         made.append(sample)
     return made
 
 
-def asking(pictures: Pictures, rng: random.Random) -> list[samples.Sample]:
+def asking(scenes: list[Scene], rng: random.Random) -> list[samples.Sample]:
     """Questions and conversations about one picture, two pictures or none."""
-    scenes, weights = pictures.scenes, samples.WEIGHTS
+    weights = samples.WEIGHTS
     choose = rng.random()
     if choose < 0.80:
         return [
@@ -108,13 +111,17 @@ class Trainer:
         self.decoder: Any = torch.compile(self.model.model.language_model, dynamic=True)
 
     def features(self, pictures: Pictures, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """What the decoder gets for the pictures, and the loss of the patch read-outs."""
-        pixels = normalised(pictures.pixels[numbers])
+        """What the decoder gets for the pictures, and the loss of the patch read-outs.
+
+        The pictures from `size` on are for the read-outs alone.
+        """
+        shown = [*numbers, *range(self.size, len(pictures.scenes))]
+        pixels = normalised(pictures.pixels[shown])
         with torch.autocast("cpu", torch.bfloat16):
             seen = self.tower(pixels).last_hidden_state[:, 1:]
         seen = seen.float()
-        loss = patch_loss(self.heads(seen), pictures.targets[numbers])
-        return self.model.model.multi_modal_projector(seen), loss
+        loss = patch_loss(self.heads(seen), pictures.targets[shown])
+        return self.model.model.multi_modal_projector(seen[: len(numbers)]), loss
 
     def loss(self, pictures: Pictures, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Language loss, patch loss and pointing loss of one step."""
@@ -160,8 +167,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, done, step - start)
             most = min(6, 2 + int(done * 8)) if stage.growing else 6
-            pictures = album.take(self.size, most)
-            batch = self.encoder.batch(MAKE[stage.name](pictures, self.rng), pictures)
+            pictures = album.take(self.size + TOWER_ONLY, most)
+            asked = MAKE[stage.name](pictures.scenes[: self.size], self.rng)
+            batch = self.encoder.batch(asked, pictures)
             rehearse = stage.rehearse and done > 0.6 and self.rng.random() < 0.5
             decoder, tower = self.model.model.language_model, self.model.model.vision_tower
             with (
