@@ -168,9 +168,10 @@ class StaticRunner:
     @property
     def how(self) -> str:
         """How it decodes, in a few words, for people; and why not in a faster way."""
-        if self._device.type != "cuda":
-            return f"no native steps: {why}" if (why := self._why_not_native) else "native steps"
-        return f"no CUDA graphs: {why}" if (why := self._graphs.failure) else "CUDA graphs"
+        if self._device.type == "cuda":
+            return f"no CUDA graphs: {why}" if (why := self._graphs.failure) else "CUDA graphs"
+        missing = self._why_not_native
+        return f"no native steps: {missing}" if missing else "native steps"
 
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
