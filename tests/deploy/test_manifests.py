@@ -23,6 +23,7 @@ from tests.deploy.command_lines import (
 )
 from vlmchat.commands.options import ControllerOptions
 from vlmchat.commands.worker import LimitOptions
+from vlmchat.server.outgoing import AllowList
 from vlmchat.server.serve import CLOSING_S
 
 KUBERNETES = ("1.30", "1.37")  # the oldest with a sleep before the stop, and the newest known
@@ -94,8 +95,10 @@ def test_compose_services_wait_for_ones_that_tell_their_health() -> None:
 def test_compose_controller_lets_in_the_workers_that_there_are() -> None:
     services = documents(DEPLOY / "compose.yaml")[0]["services"]
     words = services["controller"]["command"]
-    allowed = {words[i + 1] for i, word in enumerate(words) if word == "--allow-worker"}
-    assert allowed == {name for name, s in services.items() if s["command"][0] == "worker"}
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--allow-worker"]
+    workers = [name for name, s in services.items() if s["command"][0] == "worker"]
+    assert all(AllowList(given).allows(worker, "172.18.0.3") for worker in workers)
+    assert not AllowList(given).allows("web", "172.18.0.4")
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
