@@ -30,6 +30,7 @@ KUBERNETES = ("1.30", "1.37")  # the oldest with a sleep before the stop, and th
 RAY = DEPLOY / "kubernetes" / "kuberay"
 OTHERS = {RAY / "cluster.yaml", RAY / "job.yaml"}  # of kinds that are not Kubernetes' own
 PLAIN = [p for p in MANIFESTS if p not in OTHERS and p.name != "kustomization.yaml"]
+NGINX_FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 STOPPING_S = max(LimitOptions().drain_timeout, ControllerOptions().drain_timeout) + CLOSING_S
 
 
@@ -193,5 +194,7 @@ def test_nginx_takes_its_configuration(tmp_path: Path) -> None:
     text = text.replace("/etc/ssl/vlmchat/privkey.pem", str(key))
     text = text.replace("/etc/nginx/vlmchat.htpasswd", str(users))
     whole = tmp_path / "nginx.conf"
-    whole.write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n{text}\n}}\n", "utf-8")
-    run("nginx", "-t", "-e", "stderr", "-c", whole)
+    folders = ["access_log off;"]
+    folders += [f"{kind}_temp_path {tmp_path}/{kind};" for kind in NGINX_FOLDERS]
+    whole.write_text("\n".join(["events {}", "http {", *folders, text, "}"]), "utf-8")
+    run("nginx", "-t", "-e", "stderr", "-g", f"pid {tmp_path}/pid;", "-c", whole)

@@ -34,7 +34,7 @@ def probe() -> Iterator[Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         module.ALIVE = {"worker": (server.server_port, "/health"), "web": (1, "/")}
         yield module
