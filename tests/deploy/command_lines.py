@@ -77,11 +77,9 @@ def lines() -> Iterator[tuple[str, list[str]]]:
         for line in re.findall(r"^ExecStart=\S+/vlmchat (.+)$", path.read_text("utf-8"), re.M):
             yield path.name, shlex.split(_filled_in(line))
     for path in MANIFESTS:
-        for container in containers(path):
-            if container.get("args"):
-                yield f"{path.parent.name}/{path.name}", container["args"]
-        for entry in found("entrypoint", documents(path)):  # of a job on Ray
-            yield f"{path.parent.name}/{path.name}", shlex.split(entry)[1:]
+        where, whole = f"{path.parent.name}/{path.name}", documents(path)
+        yield from ((where, arguments) for arguments in _found("args", whole))
+        yield from ((where, shlex.split(line)[1:]) for line in _found("entrypoint", whole))
     for line in of_page(PAGE.read_text("utf-8")):
         yield f"deploy.md: {' '.join(line)}", line
 
@@ -92,22 +90,16 @@ def _filled_in(line: str) -> str:
     return line
 
 
-def containers(path: Path) -> Iterator[dict[str, Any]]:
-    """Of every pod that the file's documents tell of."""
-    for pod in found("containers", documents(path)):
-        yield from pod
-
-
-def found(key: str, value: Any) -> Iterator[Any]:
+def _found(key: str, value: Any) -> Iterator[Any]:
     """Whatever stands under the key, at any depth."""
     if isinstance(value, dict):
         for name, below in value.items():
             if name == key:
                 yield below
-            yield from found(key, below)
+            yield from _found(key, below)
     elif isinstance(value, list):
         for below in value:
-            yield from found(key, below)
+            yield from _found(key, below)
 
 
 def of_page(text: str) -> Iterator[list[str]]:
@@ -116,9 +108,8 @@ def of_page(text: str) -> Iterator[list[str]]:
         if kind in ("", "console", "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 yield from _of_line(line)
-    for inline in re.findall(
-        r"`(vlmchat [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    ):
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for inline in re.findall(r"`(vlmchat [^`]+)`", prose):
         yield from _of_line(inline)
 
 
@@ -133,8 +124,8 @@ def _of_line(line: str) -> Iterator[list[str]]:
     part: list[str] = []
     for word in [*words, ";"]:
         if re.fullmatch(r"[();<>|&]+", word):
-            at = next((i for i, w in enumerate(part) if _PROGRAM.fullmatch(w)), None)
-            if at is not None and at + 1 < len(part) and _is_command(part[:at]):
+            at = max((i for i, w in enumerate(part) if _PROGRAM.fullmatch(w)), default=len(part))
+            if part[at + 1 :] and _is_command(part[:at]):
                 yield part[at + 1 :]
             part = []
         else:
@@ -144,4 +135,4 @@ def _of_line(line: str) -> Iterator[list[str]]:
 def _is_command(before: list[str]) -> bool:
     """Whether what stands before is what a command may stand behind."""
     plain = [word for word in before if not re.match(r"\w+=", word)]
-    return not plain or plain[:2] in (["docker", "run"], ["docker", "exec"])
+    return not plain or plain[:2] == ["docker", "run"] or "exec" in plain

@@ -39,9 +39,10 @@ def test_parse_refuses_what_the_program_refuses(arguments: list[str]) -> None:
 
 def test_of_page_reads_blocks_and_text() -> None:
     text = (
-        "```sh\nA=1 vlmchat web \\\n  --port 1 | tee log # said\n```\nor `vlmchat status --json`\n"
+        "```sh\nA=1 vlmchat web \\\n  --port 1 | tee log # said\n```\nor `vlmchat status --json`,\n"
     )
-    assert list(of_page(text)) == [["web", "--port", "1"], ["status", "--json"]]
+    text += "```\ndocker build -t vlmchat:cpu .\nkubectl exec -n vlmchat a -- vlmchat status\n```\n"
+    assert list(of_page(text)) == [["web", "--port", "1"], ["status"], ["status", "--json"]]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def probe() -> Iterator[Any]:
     spec = importlib.util.spec_from_file_location("probe", DEPLOY / "docker" / "probe.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
