@@ -21,7 +21,9 @@ from vlmchat.engine.kv_cache import KVCache
 from vlmchat.engine.lean import LeanModel, Span
 from vlmchat.engine.loader import load_model
 from vlmchat.engine.native_library import NoNativeStep
+from vlmchat.engine.native_operators import NativeOperators
 from vlmchat.engine.native_step import NativeStep
+from vlmchat.engine.operators import Operators
 from vlmchat.engine.packed import int4_linear, int8_linear
 from vlmchat.engine.processor import Processor
 from vlmchat.engine.runner import Row
@@ -179,6 +181,31 @@ def test_native_step_refuses_what_it_does_not_know() -> None:
         NativeStep(pair.lean, pair.head, float32)
     with pytest.raises(NoNativeStep, match="a layer is a Linear"):
         NativeStep(pair.lean, torch.nn.Linear(128, VOCABULARY), pair.cache)
+
+
+def test_native_operators_give_what_torchs_do() -> None:
+    torch.manual_seed(0)
+    parts = (1e-5, torch.nn.SiLU(), torch.bfloat16, torch.device("cpu"))
+    plain, native = Operators(*parts), NativeOperators(*parts, (96, 160, 16))
+    for rows in (1, 5):
+        x, weight = torch.randn(rows, 96), torch.randn(96)
+        near(native.normed(x, weight), plain.normed(x, weight))
+        gate_up = torch.randn(rows, 384).bfloat16()[:, :320]  # rows with something between
+        near(native.activated(gate_up), plain.activated(gate_up))
+        other, y = x.clone(), torch.randn(rows, 128).bfloat16()[:, :96]
+        native.add_(x, y)
+        plain.add_(other, y)
+        assert torch.equal(x, other)
+        joint = torch.randn(rows, 6, 32).bfloat16()
+        copied, (cos, sin) = joint.clone(), torch.randn(2, rows, 1, 32).bfloat16()
+        native.rotate_(joint[:, :4], cos, sin)
+        plain.rotate_(copied[:, :4], cos, sin)
+        near(joint, copied)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within two units in bfloat16's last place."""
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-8)
 
 
 def test_native_library_is_compiled_once_and_whole(

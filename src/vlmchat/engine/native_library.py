@@ -21,6 +21,14 @@ _NEEDED = ("avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16")
 _COMPILER = "gcc"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _TIME_S = 60.0
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_FUNCTIONS = {
+    "step": "ppn",
+    "norm": "ppnnfpi",
+    "rotate": "pnnnnppi",
+    "activate": "pnnpi",
+    "add": "ppnni",
+}
 
 
 class NoNativeStep(Exception):
@@ -28,7 +36,7 @@ class NoNativeStep(Exception):
 
 
 def native_library() -> ctypes.CDLL:
-    """`vlmchat_step` of native_step.c. Raises NoNativeStep."""
+    """The functions of native_step.c. Raises NoNativeStep."""
     flags = _cpu_flags()
     if missing := [name for name in _NEEDED if name not in flags]:
         raise NoNativeStep(f"the CPU has no {missing[0]}")
@@ -36,8 +44,9 @@ def native_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_compiled(" ".join(sorted(flags)))))
     except (OSError, subprocess.SubprocessError) as error:
         raise NoNativeStep(f"it cannot be compiled: {error}") from error
-    library.vlmchat_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    library.vlmchat_step.restype = None
+    for name, kinds in _FUNCTIONS.items():
+        function = getattr(library, f"vlmchat_{name}")
+        function.argtypes, function.restype = [_KINDS[kind] for kind in kinds], None
     return library
 
 

@@ -1,7 +1,8 @@
-/* One step of a Llama-shaped language model for a few rows, on a CPU with AVX-512 and bfloat16.
+/* A Llama-shaped language model on a CPU with AVX-512 and bfloat16: a whole step of a few rows, and
+ * what stands between the products of many.
  *
- * Compiled by native_library.py and called by native_step.py, which says how the weights lie.
- * Such a step is bound by reading weights, so they are read once for all rows, as they lie in
+ * Compiled by native_library.py and called by native_step.py, which says how the weights lie, and native_ops.py.
+ * A step is bound by reading weights, so they are read once for all rows, as they lie in
  * memory, and all that is between two products is done by the threads that are there already.
  * Values are rounded to bfloat16 where torch's own operators round them. Sums of a row do not
  * depend on the other rows, so an answer is the same whoever else is in the batch.
@@ -104,6 +105,12 @@ INLINE __m512 exponential(__m512 x) {
     y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(0.5f));
     y = _mm512_fmadd_ps(y, _mm512_mul_ps(x, x), _mm512_add_ps(x, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(y, n);
+}
+
+/* SiLU of gate, times up. */
+INLINE __m512 activated(__m512 gate, __m512 up) {
+    __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+    return _mm512_mul_ps(rounded(_mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1), e))), up);
 }
 
 /* ---- products: y[r * WIDEST + n] for the outputs n of one block ---- */
@@ -499,9 +506,7 @@ static void activate(const Matrix *w, const Input *in, bf16 *to, const Thread *t
             for (int64_t i = 0; i < w->block; i += 16) {
                 __m512 gate = _mm512_loadu_ps(gates + r * WIDEST + i);
                 __m512 up = _mm512_loadu_ps(ups + r * WIDEST + i);
-                __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
-                gate = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1), e));
-                store_bf16(to + r * inner + b * w->block + i, _mm512_mul_ps(rounded(gate), up));
+                store_bf16(to + r * inner + b * w->block + i, activated(gate, up));
             }
     }
 }
@@ -560,4 +565,48 @@ void vlmchat_step(const Model *m, const Step *s, int64_t threads) {
             narrowed(&m->head, &in, s->logits, &t);
         }
     }
+}
+
+/* ---- one operator each, of many rows ---- */
+
+void vlmchat_norm(const float *x, const float *weight, int64_t rows, int64_t hidden, float eps,
+                  bf16 *to, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        normed(x + r * hidden, weight, 1, hidden, eps, to + r * hidden);
+}
+
+/* In place: the first `heads` of each row of x, whose rows are `width` apart. */
+void vlmchat_rotate(bf16 *x, int64_t rows, int64_t heads, int64_t width, int64_t dim,
+                    const bf16 *cos, const bf16 *sin, int threads) {
+    const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = 0; i < half; i += 16) {
+                bf16 *low = x + r * width + h * dim + i, *high = low + half;
+                const bf16 *c = cos + r * dim + i, *s = sin + r * dim + i;
+                const __m512 a = load_bf16(low), b = load_bf16(high);
+                __m512 straight = rounded(_mm512_mul_ps(a, load_bf16(c)));
+                store_bf16(low, _mm512_fmadd_ps(b, load_bf16(s), straight));
+                straight = rounded(_mm512_mul_ps(b, load_bf16(c + half)));
+                store_bf16(high, _mm512_fmadd_ps(a, load_bf16(s + half), straight));
+            }
+}
+
+/* gate_up: [rows, 2 * inner].  to: [rows, inner]. */
+void vlmchat_activate(const bf16 *gate_up, int64_t rows, int64_t inner, bf16 *to, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < inner; i += 16) {
+            const bf16 *gate = gate_up + 2 * r * inner + i;
+            store_bf16(to + r * inner + i, activated(load_bf16(gate), load_bf16(gate + inner)));
+        }
+}
+
+void vlmchat_add(float *x, const bf16 *y, int64_t rows, int64_t hidden, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * hidden; i < (r + 1) * hidden; i += 16)
+            _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), load_bf16(y + i)));
 }

@@ -17,6 +17,7 @@ import torch
 from vlmchat.engine.kv_cache import KVCache
 from vlmchat.engine.lean import LeanModel
 from vlmchat.engine.native_library import NoNativeStep, native_library
+from vlmchat.engine.native_operators import SILU
 from vlmchat.engine.packed import TILE, Int4Linear, Int8Linear, PrepackedLinear
 
 _KINDS = {PrepackedLinear: 0, Int8Linear: 1, Int4Linear: 2}
@@ -180,7 +181,7 @@ class NativeStep:
 def _check(lean: LeanModel, cache: KVCache) -> None:
     if cache.data.dtype is not torch.bfloat16 or cache.data.device.type != "cpu":
         raise NoNativeStep("not in bfloat16 on a CPU")
-    if type(lean.activation).__name__ not in ("SiLU", "SiLUActivation"):
+    if type(lean.activation).__name__ not in SILU:
         raise NoNativeStep(f"the activation is {type(lean.activation).__name__}")
     if lean.shape.head_dim % 32:
         raise NoNativeStep(f"a head has {lean.shape.head_dim} dimensions")

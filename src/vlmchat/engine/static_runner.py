@@ -7,6 +7,7 @@ Stands behind the protocol of `runner.py` for models whose language model is kno
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,7 +20,9 @@ from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
 from vlmchat.engine.lean import Abreast, Added, LeanModel, Span
 from vlmchat.engine.memory import memory_errors
 from vlmchat.engine.native_library import NoNativeStep
+from vlmchat.engine.native_operators import NativeOperators
 from vlmchat.engine.native_step import NativeStep
+from vlmchat.engine.operators import Operators
 from vlmchat.engine.packed import Int4Linear, Int8Linear, can_prepack, int8_linear
 from vlmchat.engine.runner import Row, grid_positions
 from vlmchat.engine.sequence import Prompt
@@ -146,7 +149,8 @@ class StaticRunner:
         self._position_deltas = [0] * num_slots
         with torch.no_grad(), memory_errors(_ADVICE):
             self._head = _head(model)
-            self._lean = LeanModel(model.get_decoder(), context_length)
+            decoder = model.get_decoder()
+            self._lean = LeanModel(decoder, context_length, _operators(decoder, native))
             cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
             self._fixed = self._device.type == "cuda" if fixed is None else fixed
             self._context = context_length
@@ -312,6 +316,17 @@ def _head(model: Any) -> Any:
     if type(layer) in (Int4Linear, Int8Linear) and can_prepack(head.weight):
         return int8_linear(head.weight, head.weight.dtype, head.bias)
     return fuse([head])
+
+
+def _operators(model: Any, native: bool) -> Operators:
+    """Between the products of a language model; native: in C, where that can be."""
+    config, weight, layer = model.config, model.embed_tokens.weight, model.layers[0]
+    parts = (config.rms_norm_eps, layer.mlp.act_fn, weight.dtype, weight.device)
+    sizes = (config.hidden_size, config.intermediate_size, layer.self_attn.head_dim // 2)
+    if native:
+        with suppress(NoNativeStep):
+            return NativeOperators(*parts, sizes)
+    return Operators(*parts)
 
 
 def _native(
