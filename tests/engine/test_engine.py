@@ -37,7 +37,7 @@ class ScriptedRunner:
         ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         self.script = [*ids, tokenizer.eos_token_id]  # type: ignore[attr-defined]
         self.sizes: dict[int, int] = {}
-        self.before_step: Callable[[str], None] = lambda kind: None
+        self.before_step: Callable[[str], object] = lambda kind: None
         self.prefills: list[tuple[int, int]] = []  # (slot, start)
         self.copies: list[tuple[int, int, int]] = []
 
