@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -209,9 +210,11 @@ class Trainer:
         print(f"CHECK {name} ({time.time() - start:.0f}s): {told}", flush=True)
 
     def save(self, folder: Path) -> None:
-        """Model and processor as users load them."""
+        """Model and processor as users load them: float32 weights, kept in 16 bits to be small."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
+        weights = {n: w.half() for n, w in load_file(folder / "model.safetensors").items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         # A processor in use notes how it last padded; what is saved is a fresh one.
         tokenizer = Tokenizer.from_str(self.encoder.tokenizer.to_str())
         tokenizer.no_padding()
@@ -221,8 +224,6 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Weights of a checkpoint."""
-        from safetensors.torch import load_file
-
         state = _renamed(load_file(folder / "model.safetensors"))
         missing, unknown = self.model.load_state_dict(state, strict=False)
         assert not unknown, unknown
