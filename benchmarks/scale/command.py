@@ -1,0 +1,161 @@
+"""`python -m benchmarks scale`: simulate one or many plans, as Markdown or JSON, with a plot.
+
+The first line that the benchmarks print tells the machine; simulated figures do not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from benchmarks.scale.profiles import PROFILES, People, engine_s
+from benchmarks.scale.simulation import Plan, Simulation
+from vlmchat.server.dispatch import CACHE_MARGIN, DispatchMethod
+
+Row = dict[str, Any]
+PER_WORKER = 1000  # conversations for each worker, where --sessions would be more
+LEAST = 10_000
+COLUMNS = (
+    ("profile", "profile"),
+    ("policy", "policy"),
+    ("workers", "workers"),
+    ("sessions", "conversations"),
+    ("hit_rate", "cached"),
+    ("first_token_p50_s", "first token p50, s"),
+    ("first_token_p99_s", "p99, s"),
+    ("queue_p50", "queue p50"),
+    ("queue_p99", "p99"),
+    ("dispatches_s", "requests/s"),
+    ("beats_s", "beats/s"),
+    ("tokens_s", "tokens/s"),
+)
+
+
+def simulate(plan: Plan) -> Row:
+    """One plan's figures; rates are per simulated second, cpu_s is of this process."""
+    started = time.process_time()
+    counted = Simulation(plan).run()
+    cpu_s = time.process_time() - started
+    p50, p99 = counted.first_token_s(0.5, 0.99)
+    queues = counted.queue_length(0.5, 0.99, 1.0)
+    seconds = max(counted.seconds, 1e-9)
+    return {
+        "profile": plan.profile.name,
+        "policy": plan.policy,
+        "workers": plan.workers,
+        "sessions": plan.sessions,
+        "seed": plan.seed,
+        "load": plan.load,
+        "margin": plan.margin,
+        "slots": plan.profile.slots,
+        "controllers": plan.controllers,
+        "sticky": plan.sticky,
+        "asked": counted.asked,
+        "answered": counted.answered,
+        "refused": counted.refused,
+        "left": counted.left,
+        "hit_rate": round(counted.hit_rate, 4),
+        "first_token_p50_s": round(p50, 4),
+        "first_token_p99_s": round(p99, 4),
+        **dict(zip(("queue_p50", "queue_p99", "queue_max"), queues, strict=True)),
+        "dispatches_s": round(counted.turns / seconds, 2),
+        "beats_s": round(counted.beats / seconds, 2),
+        "tokens_s": round(counted.answer_tokens / seconds, 1),
+        "simulated_s": round(counted.seconds, 1),
+        "cpu_s": round(cpu_s, 2),
+    }
+
+
+def plans(asked: argparse.Namespace) -> Iterator[Plan]:
+    """Every combination of what was asked for, the workers inmost."""
+    for profile in asked.profile:
+        kind = PROFILES[profile]
+        kind = replace(kind, slots=asked.slots) if asked.slots else kind
+        for policy in asked.policy:
+            for workers in asked.workers:
+                yield Plan(
+                    workers,
+                    min(asked.sessions, max(LEAST, PER_WORKER * workers)),
+                    kind,
+                    policy,
+                    asked.load,
+                    asked.seed,
+                    People(popular=asked.popular),
+                    asked.margin,
+                    asked.controllers,
+                    not asked.any_controller,
+                )
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown."""
+    lines = ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(_cell(key, row[key]) for key, _ in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "hit_rate":
+        return f"{value:.1%}"
+    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks scale", description=__doc__)
+    policies = get_args(DispatchMethod)
+    add = found.add_argument
+    add("--workers", type=_counts, default=[1, 3, 10, 30, 100], help="how many, with commas")
+    add("--sessions", type=int, default=1_000_000, help=f"at most; {PER_WORKER} for each worker")
+    add("--policy", type=_names(*policies), default=list(policies), help=", ".join(policies))
+    add("--profile", type=_names(*PROFILES), default=list(PROFILES), help=", ".join(PROFILES))
+    add("--seed", type=int, default=1)
+    add("--load", type=float, default=0.8, help="1: all that workers can do that cache nothing")
+    add("--margin", type=int, default=CACHE_MARGIN, help="of cache_aware, in requests")
+    add("--slots", type=int, help="of each worker, in place of the profile's")
+    add("--popular", type=float, default=People().popular, help="share about a popular picture")
+    add("--controllers", type=int, default=1, help="each knows every worker")
+    add("--any-controller", action="store_true", help="a conversation's requests come to any")
+    add("--json", type=Path, metavar="FILE", help="everything; - is stdout, without tables")
+    return found
+
+
+def _counts(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def _names(*known: str) -> Any:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Simulate, and print."""
+    asked = parser().parse_args(arguments)
+    rows = []
+    for plan in plans(asked):
+        rows.append(simulate(plan))
+        last = rows[-1]
+        told = f"{last['profile']} {last['policy']} {last['workers']}: {last['cpu_s']} s of CPU"
+        print(told, file=sys.stderr, flush=True)
+    told = json.dumps({"seed": asked.seed, "load": asked.load, "rows": rows}, indent=1)
+    if asked.json is not None and str(asked.json) != "-":
+        asked.json.write_text(told + "\n", encoding="utf-8")
+    if str(asked.json) == "-":
+        print(told)
+        return
+    for profile in asked.profile:
+        seconds = engine_s(PROFILES[profile], People(popular=asked.popular))
+        print(f"{profile}: {seconds:.3g} s of a worker a turn where nothing is cached")
+    print(f"load {asked.load:g}, seed {asked.seed}\n\n{table(rows)}")
