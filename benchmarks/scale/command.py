@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from benchmarks.scale import costs
 from benchmarks.scale.profiles import PROFILES, People, engine_s
 from benchmarks.scale.simulation import Plan, Simulation
 from vlmchat.server.dispatch import CACHE_MARGIN, DispatchMethod
@@ -122,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     add("--popular", type=float, default=People().popular, help="share about a popular picture")
     add("--controllers", type=int, default=1, help="each knows every worker")
     add("--any-controller", action="store_true", help="a conversation's requests come to any")
+    add("--costs", action="store_true", help="measure what a controller has to do instead")
     add("--json", type=Path, metavar="FILE", help="everything; - is stdout, without tables")
     return found
 
@@ -143,6 +145,10 @@ def _names(*known: str) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Simulate, and print."""
     asked = parser().parse_args(arguments)
+    if asked.costs:
+        found = costs.costs()
+        print(json.dumps(found, indent=1) if asked.json else costs.table(found))
+        return
     rows = []
     for plan in plans(asked):
         rows.append(simulate(plan))

@@ -8,7 +8,7 @@ the engine makes whole steps. Knows no registry and no randomness.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +151,7 @@ class Engine:
         self._prefill: _Prefill | None = None
         self._decoding: list[tuple[float, int, Turn]] = []  # (self._tokens at its end, …)
         self._count = 0
-        self.prefixes: OrderedDict[str, None] = OrderedDict()
+        self.prefixes: dict[str, None] = {}  # those seen last come last
 
     @property
     def queue_length(self) -> int:
@@ -233,7 +233,7 @@ class Engine:
 
     def _remember(self, prefixes: Sequence[str]) -> None:
         for prefix in prefixes:
+            self.prefixes.pop(prefix, None)
             self.prefixes[prefix] = None
-            self.prefixes.move_to_end(prefix)
         while len(self.prefixes) > KEPT_PREFIXES:
-            self.prefixes.popitem(last=False)
+            del self.prefixes[next(iter(self.prefixes))]
