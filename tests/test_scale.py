@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.scale.command import main
 from benchmarks.scale.profiles import CPU, People, Profile
 from benchmarks.scale.simulation import Plan, Simulation
 from benchmarks.scale.worker import Engine, Session, Slots, Turn
@@ -113,3 +117,25 @@ def test_slots_choose_as_the_engines_prefix_cache_does() -> None:
         text += [100_000 + session.number] * draw.randrange(1, 60)
         ours.release(slot, len(text) - 1)
         real.release(lease.slot, text[:-1])
+
+
+def test_scale_command_tells_every_combination_and_plots_what_it_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
+    main(["--workers", "1,2", "--sessions", "40", "--profile", "cpu", "--json", str(told)])
+    rows = json.loads(told.read_text("utf-8"))["rows"]
+    assert [(row["policy"], row["workers"]) for row in rows][1:3] == [
+        ("lottery", 2),
+        ("shortest_queue", 1),
+    ]
+    assert all(row["asked"] == row["answered"] and not row["left"] for row in rows)
+    main(["--read", str(told), "--plot", str(plot)])
+    assert capsys.readouterr().out.count("| cache_aware | 2 | 40 |") == 2
+    circles = ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}circle")
+    assert len(list(circles)) == 3 * len(rows)
+
+
+def test_scale_command_refuses_a_policy_that_does_not_exist() -> None:
+    with pytest.raises(SystemExit):
+        main(["--policy", "round_robin"])

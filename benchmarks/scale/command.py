@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.scale import costs
-from benchmarks.scale.profiles import PROFILES, People, engine_s
+from benchmarks.scale.plot import Panel, svg
+from benchmarks.scale.profiles import PROFILES, People
 from benchmarks.scale.simulation import Plan, Simulation
 from vlmchat.server.dispatch import CACHE_MARGIN, DispatchMethod
 
@@ -27,6 +28,8 @@ COLUMNS = (
     ("policy", "policy"),
     ("workers", "workers"),
     ("sessions", "conversations"),
+    ("seed", "seed"),
+    ("load", "load"),
     ("hit_rate", "cached"),
     ("first_token_p50_s", "first token p50, s"),
     ("first_token_p99_s", "p99, s"),
@@ -35,6 +38,12 @@ COLUMNS = (
     ("dispatches_s", "requests/s"),
     ("beats_s", "beats/s"),
     ("tokens_s", "tokens/s"),
+    ("cores", "controller's cores"),
+)
+PANELS = (
+    Panel("share of prompt tokens cached", lambda row: row["hit_rate"], (0, 0.2, 0.4, 0.6, 0.8)),
+    Panel("first token, 99 %, seconds", lambda row: row["first_token_p99_s"], (0.1, 1, 10, 100)),
+    Panel("cores that a controller needs", lambda row: cores(row), (0.001, 0.01, 0.1, 1, 10, 100)),
 )
 
 
@@ -73,6 +82,11 @@ def simulate(plan: Plan) -> Row:
     }
 
 
+def cores(row: Row) -> float:
+    """How many processes would be busy if all tokens went through controllers."""
+    return costs.controller_cores(row["dispatches_s"], row["tokens_s"], row["beats_s"])
+
+
 def plans(asked: argparse.Namespace) -> Iterator[Plan]:
     """Every combination of what was asked for, the workers inmost."""
     for profile in asked.profile:
@@ -97,11 +111,12 @@ def plans(asked: argparse.Namespace) -> Iterator[Plan]:
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     lines = ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(_cell(key, row[key]) for key, _ in COLUMNS) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(key, row) for key, _ in COLUMNS) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(key: str, value: Any) -> str:
+def _cell(key: str, row: Row) -> str:
+    value = cores(row) if key == "cores" else row[key]
     if key == "hit_rate":
         return f"{value:.1%}"
     return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value}"
@@ -125,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
     add("--any-controller", action="store_true", help="a conversation's requests come to any")
     add("--costs", action="store_true", help="measure what a controller has to do instead")
     add("--json", type=Path, metavar="FILE", help="everything; - is stdout, without tables")
+    add("--read", type=Path, nargs="+", default=[], help="files of --json, in place of simulating")
+    add("--plot", type=Path, metavar="FILE", help="an SVG of all")
     return found
 
 
@@ -149,19 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
         found = costs.costs()
         print(json.dumps(found, indent=1) if asked.json else costs.table(found))
         return
-    rows = []
-    for plan in plans(asked):
-        rows.append(simulate(plan))
-        last = rows[-1]
+    rows = [row for file in asked.read for row in json.loads(file.read_text("utf-8"))["rows"]]
+    for plan in () if asked.read else plans(asked):
+        rows.append(last := simulate(plan))
         told = f"{last['profile']} {last['policy']} {last['workers']}: {last['cpu_s']} s of CPU"
         print(told, file=sys.stderr, flush=True)
-    told = json.dumps({"seed": asked.seed, "load": asked.load, "rows": rows}, indent=1)
+    told = json.dumps({"rows": rows}, indent=1)
     if asked.json is not None and str(asked.json) != "-":
         asked.json.write_text(told + "\n", encoding="utf-8")
+    if asked.plot:
+        asked.plot.write_text(svg(rows, PANELS), encoding="utf-8")
     if str(asked.json) == "-":
         print(told)
         return
-    for profile in asked.profile:
-        seconds = engine_s(PROFILES[profile], People(popular=asked.popular))
-        print(f"{profile}: {seconds:.3g} s of a worker a turn where nothing is cached")
-    print(f"load {asked.load:g}, seed {asked.seed}\n\n{table(rows)}")
+    print(table(rows))

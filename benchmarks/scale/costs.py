@@ -30,6 +30,8 @@ CONVERSATIONS, MESSAGES = 60, 9  # each worker is known to have seen; each reque
 TOLD = 64  # prefixes in a beat
 CLIENTS, TOKENS, ROUNDS, BEATS = 16, 100, 4, 300
 _WORDS = {"words": 1000, "delay_s": 0.02}
+# Of one controller's process: `--costs`, 2026-11-23, 2 cores of an Intel Xeon busy with other work.
+REQUEST_S, TOKEN_S, BEAT_S = 2.0e-3, 170e-6, 400e-6
 _TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -147,6 +149,11 @@ def _cpu_s(pid: int) -> float:
     """User and system time of a process so far; proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_S
+
+
+def controller_cores(requests: float, tokens: float, beats: float) -> float:
+    """How many processes are busy with so many a second."""
+    return requests * REQUEST_S + tokens * TOKEN_S + beats * BEAT_S
 
 
 def costs() -> dict[str, Any]:

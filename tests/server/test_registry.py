@@ -237,6 +237,22 @@ def test_registry_remembers_a_limited_number_of_prefixes_and_who_has_them() -> N
     assert not found._holders
 
 
+@pytest.mark.parametrize("method", ["lottery", "shortest_queue", "cache_aware"])
+def test_registry_does_not_look_at_each_of_many_workers(method: str) -> None:
+    found, _ = registry(method)
+    for n in range(1000):
+        found.register(f"w{n}", True, status(prefixes=["p"]))
+    looked: list[str] = []
+
+    def fits(worker: Any) -> bool:
+        looked.append(worker.name)
+        return True
+
+    for n in range(100):
+        assert found.lease("m", ("p", f"p{n}"), (), fits) is not None
+    assert len(looked) < 300
+
+
 def test_lottery_leaves_out_those_that_cannot_take_the_request() -> None:
     found, _ = registry("lottery")
     found.register("a", True, status(speed=1000)).fail("cut off")
