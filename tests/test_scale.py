@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -23,7 +24,7 @@ ONE_TURN = People(turns=1.0, answer=(1.0, 0.0))
 
 
 @pytest.mark.parametrize("policy", ["lottery", "shortest_queue", "cache_aware"])
-def test_simulation_answers_every_turn_and_leaves_nothing_under_way(policy: object) -> None:
+def test_simulation_answers_every_turn_and_leaves_nothing_under_way(policy: Any) -> None:
     counted = Simulation(replace(SMALL, policy=policy)).run()
     assert counted.answered == counted.asked >= SMALL.sessions
     assert counted.left == 0

@@ -5,6 +5,7 @@ Called by the simulation and its command. Knows no clock and no randomness but w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -98,7 +99,7 @@ class People:
 
 def _lognormal(median_sigma: tuple[float, float], random: Random) -> float:
     median, sigma = median_sigma
-    return median * 2.718281828459045 ** (sigma * random.gauss(0.0, 1.0))
+    return median * math.exp(sigma * random.gauss(0.0, 1.0))
 
 
 def engine_s(profile: Profile, people: People, draws: int = 20_000) -> float:
