@@ -15,7 +15,7 @@ def test_fidelity_is_perfect_for_float32_and_worse_with_fewer_bits(
 ) -> None:
     monkeypatch.setattr(fidelity, "NUM_PICTURES", 2)
     monkeypatch.setattr(fidelity, "NEW_TOKENS", 6)
-    same = {"float32": ("float32", None)}
+    same = {"float32": ("float32", None, False)}
     monkeypatch.setattr(fidelity, "PRECISIONS", same | fidelity.PRECISIONS)
     model = str(make_tiny_llava(tmp_path / "tiny"))
     measured = {name: rest for name, *rest in fidelity.measure(model)}

@@ -62,6 +62,16 @@ def test_usage_error_is_one_line_with_a_hint(cli: Cli) -> None:
     assert "--temperature" in run.err
 
 
+@pytest.mark.parametrize("asked", ["flag", "variable"])
+def test_usage_error_is_an_object_where_json_is_asked_for(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    if asked == "variable":
+        monkeypatch.setenv("VLMCHAT_JSON", "1")
+    run = cli("chat", *(["--json"] if asked == "flag" else []), "--temprature", "1")
+    assert json.loads(run.err)["error"]["code"] == "usage"
+
+
 def test_usage_error_names_the_variable_when_the_value_came_from_it(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +89,7 @@ def test_help_lists_every_option_with_its_variable(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        pytest.param("vlmchat chat --model-path de", ["demo"], id="model"),
+        pytest.param("vlmchat chat --model-path dem", ["demo"], id="model"),
         pytest.param("vlmchat chat --device cu", ["cuda"], id="device"),
         pytest.param("vlmchat chat --dtype fl", ["float32", "float16"], id="dtype"),
         pytest.param("vlmchat chat --conv-mode vicuna", ["vicuna_v1"], id="conv-mode"),

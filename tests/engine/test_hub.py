@@ -327,6 +327,11 @@ def test_find_takes_a_revision(hub: FakeHub) -> None:
     assert "has no revision v9" in error_of("who/model", "v9").message
 
 
+@pytest.mark.parametrize("path", ["demo", "."])
+def test_find_refuses_a_revision_of_what_is_here(path: str) -> None:
+    assert "has no revisions" in error_of(path, "v9").message
+
+
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [

@@ -77,8 +77,16 @@ def main() -> None:
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what its encoding has not
-    with leaving_at_once(), reporting(as_json="--json" in arguments, debug="--debug" in arguments):
+    as_json, debug = _asked(arguments, "json"), _asked(arguments, "debug")
+    with leaving_at_once(), reporting(as_json=as_json, debug=debug):
         code = command().main(arguments, prog_name="vlmchat", standalone_mode=False)
         if code:
             raise SystemExit(code)
     sys.exit(code)
+
+
+def _asked(arguments: list[str], flag: str) -> bool:
+    """Whether errors in the options themselves, which nobody has read yet, are to be told so."""
+    said = os.environ.get(f"VLMCHAT_{flag.upper()}", "").lower()
+    by_variable = said in ("1", "true", "t", "yes", "y", "on") and f"--no-{flag}" not in arguments
+    return by_variable or f"--{flag}" in arguments

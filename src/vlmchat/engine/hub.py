@@ -58,11 +58,13 @@ def find_checkpoint(
     Raises ModelNotFound, UnsupportedModel, DiskFull, or NetworkError when a download is needed and
     cannot be had; it names what is missing.
     """
-    if path == DEMO_MODEL:
-        return Path(str(files("vlmchat.demo") / "model"))
     if not path.strip():
         raise ModelNotFound("--model-path is empty; give 'demo', a directory or a hub id")
     directory = _expanded(path)
+    if revision is not None and (path == DEMO_MODEL or directory.exists()):
+        raise ModelNotFound(f"--revision {revision}: {path} is no hub id, so it has no revisions")
+    if path == DEMO_MODEL:
+        return Path(str(files("vlmchat.demo") / "model"))
     if directory.is_dir():
         if not any((directory / name).is_file() for name in CONFIGS):
             raise ModelNotFound(f"{path} has no config.json, so it is not a model directory")
