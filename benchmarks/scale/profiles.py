@@ -99,7 +99,7 @@ class People:
 
 def _lognormal(median_sigma: tuple[float, float], random: Random) -> float:
     median, sigma = median_sigma
-    return median * math.exp(sigma * random.gauss(0.0, 1.0))
+    return median * math.pow(math.e, sigma * random.gauss(0.0, 1.0))
 
 
 def engine_s(profile: Profile, people: People, draws: int = 20_000) -> float:
