@@ -12,6 +12,14 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.scale.command import main
+from benchmarks.scale.costs import (
+    BEAT_S,
+    CONVERSATIONS,
+    REQUEST_S,
+    TOKEN_S,
+    controller_cores,
+    full_registry,
+)
 from benchmarks.scale.profiles import CPU, People, Profile
 from benchmarks.scale.simulation import Plan, Simulation
 from benchmarks.scale.worker import Engine, Session, Slots, Turn
@@ -50,16 +58,17 @@ def test_simulation_repeats_itself_by_its_seed_alone() -> None:
 
 def test_simulation_waits_as_long_as_the_formula_for_one_server_says() -> None:
     load = 0.7
-    plan = Plan(1, 40_000, ONE_SECOND, "shortest_queue", load, people=ONE_TURN)
+    plan = Plan(1, 20_000, ONE_SECOND, "shortest_queue", load, people=ONE_TURN)
     counted = Simulation(plan).run()
     mean_s = sum(counted.first_s) / len(counted.first_s)
     # M/D/1, Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) services.
     assert mean_s == pytest.approx(1.0 + load / (2 * (1 - load)), rel=0.05)
 
 
-def test_cache_aware_finds_more_in_caches_than_lottery_and_answers_sooner() -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_cache_aware_finds_more_in_caches_than_lottery_and_answers_sooner(seed: int) -> None:
     aware, drawn = (
-        Simulation(replace(SMALL, policy=policy, sessions=2000)).run()
+        Simulation(replace(SMALL, policy=policy, sessions=1200, seed=seed)).run()
         for policy in ("cache_aware", "lottery")
     )
     assert aware.hit_rate > 2 * drawn.hit_rate
@@ -137,6 +146,28 @@ def test_scale_command_tells_every_combination_and_plots_what_it_told(
     assert len(list(circles)) == 3 * len(rows)
 
 
-def test_scale_command_refuses_a_policy_that_does_not_exist() -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--policy", "round_robin"), ("--workers", "0"), ("--sessions", "x"), ("--load", "nan")],
+)
+def test_scale_command_refuses_what_cannot_be_simulated(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["--policy", "round_robin"])
+        main([option, value])
+    assert option in capsys.readouterr().err
+
+
+def test_costs_are_taken_of_choices_that_find_who_knows_the_conversation() -> None:
+    registry, requests = full_registry("cache_aware", 5)
+    found = 0
+    for request in requests:
+        with registry.lease("m", [*request, f"new to {request[-1]}"]) or pytest.fail(
+            "none"
+        ) as lease:
+            found += lease.worker.name == f"w{int(request[-1][:6], 16)}"
+    assert found > 0.9 * len(requests) == 0.9 * 5 * CONVERSATIONS
+
+
+def test_costs_of_a_controller_add_up() -> None:
+    assert controller_cores(10, 1000, 20) == 10 * REQUEST_S + 1000 * TOKEN_S + 20 * BEAT_S

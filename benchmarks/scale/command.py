@@ -128,15 +128,15 @@ def parser() -> argparse.ArgumentParser:
     policies = get_args(DispatchMethod)
     add = found.add_argument
     add("--workers", type=_counts, default=[1, 3, 10, 30, 100], help="how many, with commas")
-    add("--sessions", type=int, default=1_000_000, help=f"at most; {PER_WORKER} for each worker")
+    add("--sessions", type=_count, default=1_000_000, help=f"at most; {PER_WORKER} for each worker")
     add("--policy", type=_names(*policies), default=list(policies), help=", ".join(policies))
     add("--profile", type=_names(*PROFILES), default=list(PROFILES), help=", ".join(PROFILES))
     add("--seed", type=int, default=1)
-    add("--load", type=float, default=0.8, help="1: all that workers can do that cache nothing")
+    add("--load", type=_load, default=0.8, help="1: all that workers can do that cache nothing")
     add("--margin", type=int, default=CACHE_MARGIN, help="of cache_aware, in requests")
-    add("--slots", type=int, help="of each worker, in place of the profile's")
+    add("--slots", type=_count, help="of each worker, in place of the profile's")
     add("--popular", type=float, default=People().popular, help="share about a popular picture")
-    add("--controllers", type=int, default=1, help="each knows every worker")
+    add("--controllers", type=_count, default=1, help="each knows every worker")
     add("--any-controller", action="store_true", help="a conversation's requests come to any")
     add("--costs", action="store_true", help="measure what a controller has to do instead")
     add("--json", type=Path, metavar="FILE", help="everything; - is stdout, without tables")
@@ -146,7 +146,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _counts(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    return [_count(each) for each in text.split(",")]
+
+
+def _count(text: str) -> int:
+    if (found := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return found
+
+
+def _load(text: str) -> float:
+    if not 0 < (found := float(text)) <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 10")
+    return found
 
 
 def _names(*known: str) -> Any:

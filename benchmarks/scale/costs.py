@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from random import Random
 from subprocess import PIPE, Popen
@@ -47,7 +47,10 @@ def least(act: Callable[[], object], times: int, repeats: int = REPEATS) -> floa
 
 
 def full_registry(policy: DispatchMethod, workers: int) -> tuple[Registry, list[list[str]]]:
-    """A registry whose workers have conversations and queues, and requests that go on in some."""
+    """A registry whose workers have conversations and queues; some conversations, a message short.
+
+    Whoever asks adds a message that nobody has seen.
+    """
     random, requests = Random(1), []
     registry = Registry(chooser(policy, random), lambda: 0.0)
     for n in range(workers):
@@ -58,7 +61,7 @@ def full_registry(policy: DispatchMethod, workers: int) -> tuple[Registry, list[
             for start in range(0, MESSAGES, TOLD):
                 told = {"openai": True, "prefixes": ["system", *hashes[start : start + TOLD]]}
                 registry.beat(f"w{n}", queue, told)
-            requests.append(["system", *hashes, "new"])
+            requests.append(["system", *hashes])
     random.shuffle(requests)
     return registry, requests[:1000]
 
@@ -66,10 +69,11 @@ def full_registry(policy: DispatchMethod, workers: int) -> tuple[Registry, list[
 def dispatch_s(policy: DispatchMethod, workers: int) -> float:
     """CPU seconds to choose a worker, take the place there and give it back."""
     registry, requests = full_registry(policy, workers)
-    turn = cycle(requests)
+    turn, number = cycle(requests), count()
 
     def act() -> None:
-        lease = registry.lease("m", next(turn), fits=lambda worker: worker.is_ours)
+        request = [*next(turn), f"{next(number):016x}"]
+        lease = registry.lease("m", request, fits=lambda worker: worker.is_ours)
         assert lease is not None
         lease.give_back()
 
@@ -79,7 +83,7 @@ def dispatch_s(policy: DispatchMethod, workers: int) -> float:
 def beat_s(workers: int) -> float:
     """CPU seconds of the registry for a beat, of whose 64 prefixes 9 are new."""
     registry, _ = full_registry("cache_aware", workers)
-    number = iter(range(10**9))
+    number = count()
 
     def act() -> None:
         n = next(number)

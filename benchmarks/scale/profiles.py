@@ -44,10 +44,11 @@ class Profile:
 # for 680 tokens and 0.060 s for some 25, the next ones 1/23.0 s each. A further answer in a step is
 # computed: 65,536 bytes of keys and values at 1000 positions over 23 GB/s, and 0.6 ms of products.
 CPU = Profile("cpu", 0.044, 0.415 / 655, 0.040, 0.0035, running=5, slots=10)
-# Computed, nothing measured: LLaVA-1.5-7B in bf16 on a card of 4.8 TB/s, 989 TFLOP/s and 141 GB
+# Assumed, nothing measured: LLaVA-1.5-7B in bf16 on a card of 4.8 TB/s, 989 TFLOP/s and 141 GB
 # (NVIDIA's data sheet of the H200). 13.5 GB of weights and 0.52 MB for each of 1000 positions at
-# 85 % of that bandwidth; 13.2 GFLOP a token at half of that arithmetic. 60 contexts of 4096 fit.
-GPU = Profile("gpu", 0.0033, 13.2e9 / 495e12, 0.0033, 0.00013, running=32, slots=60)
+# 85 % of that bandwidth; 13.2 GFLOP a token at half of that arithmetic. 53 contexts of 4096 fit by
+# docs/deploy.md's table.
+GPU = Profile("gpu", 0.0033, 13.2e9 / 495e12, 0.0033, 0.00013, running=32, slots=53)
 PROFILES = {profile.name: profile for profile in (CPU, GPU)}
 
 

@@ -1,7 +1,7 @@
 """The discrete-event loop: conversations ask, the real registry says whom, workers answer in time.
 
 Called by the command and the tests. All chance comes from one seed, all time from the events: the
-same plan gives the same result on any machine.
+same plan gives the same result, but for what C libraries compute differently in the last digit.
 """
 
 from __future__ import annotations
