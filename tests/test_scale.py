@@ -133,7 +133,7 @@ def test_scale_command_tells_every_combination_and_plots_what_it_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
-    main(["--workers", "1,2", "--sessions", "40", "--profile", "cpu", "--json", str(told)])
+    main(["--workers", "1,2", "--sessions", "100", "--profile", "cpu", "--json", str(told)])
     rows = json.loads(told.read_text("utf-8"))["rows"]
     assert [(row["policy"], row["workers"]) for row in rows][1:3] == [
         ("lottery", 2),
@@ -141,14 +141,14 @@ def test_scale_command_tells_every_combination_and_plots_what_it_told(
     ]
     assert all(row["asked"] == row["answered"] and not row["left"] for row in rows)
     main(["--read", str(told), "--plot", str(plot)])
-    assert capsys.readouterr().out.count("| cache_aware | 2 | 40 |") == 2
+    assert capsys.readouterr().out.count("| cache_aware | 2 | 100 |") == 2
     circles = ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}circle")
     assert len(list(circles)) == 3 * len(rows)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--policy", "round_robin"), ("--workers", "0"), ("--sessions", "x"), ("--load", "nan")],
+    [("--policy", "round_robin"), ("--workers", "0"), ("--sessions", "3"), ("--load", "nan")],
 )
 def test_scale_command_refuses_what_cannot_be_simulated(
     option: str, value: str, capsys: pytest.CaptureFixture[str]

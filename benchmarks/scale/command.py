@@ -17,7 +17,7 @@ from typing import Any, get_args
 from benchmarks.scale import costs
 from benchmarks.scale.plot import Panel, svg
 from benchmarks.scale.profiles import PROFILES, People
-from benchmarks.scale.simulation import Plan, Simulation
+from benchmarks.scale.simulation import WARM_S, Plan, Simulation
 from vlmchat.server.dispatch import CACHE_MARGIN, DispatchMethod
 
 Row = dict[str, Any]
@@ -48,13 +48,20 @@ PANELS = (
 
 
 def simulate(plan: Plan) -> Row:
-    """One plan's figures; rates are per simulated second, cpu_s is of this process."""
+    """One plan's figures; rates are per simulated second, cpu_s is of this process.
+
+    Raises ArgumentTypeError where nothing would be measured.
+    """
     started = time.process_time()
     counted = Simulation(plan).run()
     cpu_s = time.process_time() - started
+    if not counted.first_s:
+        raise argparse.ArgumentTypeError(
+            f"--sessions {plan.sessions}: all come within {WARM_S:.0f} s, which are left out"
+        )
     p50, p99 = counted.first_token_s(0.5, 0.99)
     queues = counted.queue_length(0.5, 0.99, 1.0)
-    seconds = max(counted.seconds, 1e-9)
+    seconds = counted.seconds
     return {
         "profile": plan.profile.name,
         "policy": plan.policy,
@@ -180,7 +187,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     rows = [row for file in asked.read for row in json.loads(file.read_text("utf-8"))["rows"]]
     for plan in () if asked.read else plans(asked):
-        rows.append(last := simulate(plan))
+        try:
+            rows.append(last := simulate(plan))
+        except argparse.ArgumentTypeError as error:
+            parser().error(str(error))
         told = f"{last['profile']} {last['policy']} {last['workers']}: {last['cpu_s']} s of CPU"
         print(told, file=sys.stderr, flush=True)
     told = json.dumps({"rows": rows}, indent=1)

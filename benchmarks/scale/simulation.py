@@ -19,6 +19,7 @@ from vlmchat.server.registry import Lease, Registry, WorkerStatus
 
 MODEL = "m"
 BEAT_S = 0.010  # from a change of a worker's queue until its controller knows: a guess
+WARM_S = 300.0  # until as many conversations end as begin, nothing is measured
 RETRY_S = 5.0  # a client whom everybody has refused asks again
 _ARRIVE, _ASK, _WORK, _BEAT, _INTERVAL = range(5)
 
@@ -48,8 +49,9 @@ class Plan:
 class Counted:
     """What was seen. All but asked, answered, refused and left is of the time in the middle.
 
-    That is while conversations still arrive, the first tenth of them left out. queues[n]: how often
-    a worker, looked at every 15 s, had n requests. left: requests under way at the end.
+    That is while conversations still arrive, the first tenth of them and WARM_S left out. seconds: 0
+    where nothing of it remains. queues[n]: how often a worker, looked at every 15 s, had n requests.
+    left: requests under way at the end.
     """
 
     asked: int = 0
@@ -146,7 +148,8 @@ class Simulation:
         plan, people, random = self.plan, self.plan.people, self._random
         self._arrived += 1
         self._going += 1
-        if self._arrived == plan.sessions // 10 + 1:
+        warm = self._arrived > plan.sessions // 10 and self._now >= WARM_S
+        if warm and not self._measuring:
             self._measuring, self._since = True, self._now
         session = Session(
             self._arrived,
@@ -161,7 +164,7 @@ class Simulation:
         self._ask(self._next_turn(session))
         if self._arrived < plan.sessions:
             self._push(self._now + random.expovariate(self._arrivals_s), _ARRIVE)
-        else:
+        elif self._measuring:
             self._measuring = False
             self.counted.seconds = self._now - self._since
 
