@@ -49,9 +49,9 @@ class Plan:
 class Counted:
     """What was seen. All but asked, answered, refused and left is of the time in the middle.
 
-    That is while conversations still arrive, the first tenth of them and WARM_S left out. seconds: 0
-    where nothing of it remains. queues[n]: how often a worker, looked at every 15 s, had n requests.
-    left: requests under way at the end.
+    That is while conversations still arrive, the first tenth of them and WARM_S left out. seconds:
+    0 where nothing of it remains. queues[n]: how often a worker, looked at every 15 s, had n
+    requests. left: requests under way at the end.
     """
 
     asked: int = 0
