@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.scale.command import main
+from benchmarks.scale.command import main, parser, plans
 from benchmarks.scale.costs import (
     BEAT_S,
     CONVERSATIONS,
@@ -144,6 +144,13 @@ def test_scale_command_tells_every_combination_and_plots_what_it_told(
     assert capsys.readouterr().out.count("| cache_aware | 2 | 100 |") == 2
     circles = ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}circle")
     assert len(list(circles)) == 3 * len(rows)
+
+
+def test_scale_command_simulates_a_million_conversations_on_a_thousand_workers() -> None:
+    asked = parser().parse_args(["--workers", "1,1000", "--policy", "lottery", "--profile", "cpu"])
+    assert [plan.sessions for plan in plans(asked)] == [10_000, 1_000_000]
+    asked.sessions = 20_000
+    assert [plan.sessions for plan in plans(asked)] == [20_000, 20_000]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m benchmarks scale`: simulate one or many plans, as Markdown or JSON, with a plot.
+"""`python -m benchmarks scale`: simulate one or many plans, as Markdown, JSON and a plot.
 
 The first line that the benchmarks print tells the machine; simulated figures do not depend on it.
 """
@@ -21,8 +21,7 @@ from benchmarks.scale.simulation import WARM_S, Plan, Simulation
 from vlmchat.server.dispatch import CACHE_MARGIN, DispatchMethod
 
 Row = dict[str, Any]
-PER_WORKER = 1000  # conversations for each worker, where --sessions would be more
-LEAST = 10_000
+PER_WORKER, LEAST = 1000, 10_000  # conversations, where --sessions does not say
 COLUMNS = (
     ("profile", "profile"),
     ("policy", "policy"),
@@ -103,7 +102,7 @@ def plans(asked: argparse.Namespace) -> Iterator[Plan]:
             for workers in asked.workers:
                 yield Plan(
                     workers,
-                    min(asked.sessions, max(LEAST, PER_WORKER * workers)),
+                    asked.sessions or max(LEAST, PER_WORKER * workers),
                     kind,
                     policy,
                     asked.load,
@@ -135,7 +134,8 @@ def parser() -> argparse.ArgumentParser:
     policies = get_args(DispatchMethod)
     add = found.add_argument
     add("--workers", type=_counts, default=[1, 3, 10, 30, 100], help="how many, with commas")
-    add("--sessions", type=_count, default=1_000_000, help=f"at most; {PER_WORKER} for each worker")
+    sessions = f"conversations; unset: {PER_WORKER} for each worker, at least {LEAST}"
+    add("--sessions", type=_count, help=sessions)
     add("--policy", type=_names(*policies), default=list(policies), help=", ".join(policies))
     add("--profile", type=_names(*PROFILES), default=list(PROFILES), help=", ".join(PROFILES))
     add("--seed", type=int, default=1)
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     add("--controllers", type=_count, default=1, help="each knows every worker")
     add("--any-controller", action="store_true", help="a conversation's requests come to any")
     add("--costs", action="store_true", help="measure what a controller has to do instead")
-    add("--json", type=Path, metavar="FILE", help="everything; - is stdout, without tables")
+    add("--json", type=Path, metavar="FILE", help="all figures, for --read")
     add("--read", type=Path, nargs="+", default=[], help="files of --json, in place of simulating")
     add("--plot", type=Path, metavar="FILE", help="an SVG of all")
     return found
@@ -183,7 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser().parse_args(arguments)
     if asked.costs:
         found = costs.costs()
-        print(json.dumps(found, indent=1) if asked.json else costs.table(found))
+        _keep(asked.json, found)
+        print(costs.table(found))
         return
     rows = [row for file in asked.read for row in json.loads(file.read_text("utf-8"))["rows"]]
     for plan in () if asked.read else plans(asked):
@@ -193,12 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
             parser().error(str(error))
         told = f"{last['profile']} {last['policy']} {last['workers']}: {last['cpu_s']} s of CPU"
         print(told, file=sys.stderr, flush=True)
-    told = json.dumps({"rows": rows}, indent=1)
-    if asked.json is not None and str(asked.json) != "-":
-        asked.json.write_text(told + "\n", encoding="utf-8")
+    _keep(asked.json, {"rows": rows})
     if asked.plot:
         asked.plot.write_text(svg(rows, PANELS), encoding="utf-8")
-    if str(asked.json) == "-":
-        print(told)
-        return
     print(table(rows))
+
+
+def _keep(file: Path | None, found: Row) -> None:
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
