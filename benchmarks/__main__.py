@@ -8,8 +8,15 @@ import platform
 import sys
 
 from benchmarks import fidelity, gpu, peers, startup
+from benchmarks.scale import command as scale
 
-PARTS = {"startup": startup.main, "fidelity": fidelity.main, "peers": peers.main, "gpu": gpu.main}
+PARTS = {
+    "startup": startup.main,
+    "fidelity": fidelity.main,
+    "peers": peers.main,
+    "gpu": gpu.main,
+    "scale": scale.main,
+}
 
 
 def main() -> None:

@@ -84,6 +84,18 @@ def test_controller_says_so_when_its_port_is_taken() -> None:
     assert (code, "address already in use" in err) == (2, True)
 
 
+def test_controller_takes_every_key_of_the_variable_and_status_sends_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLMCHAT_API_KEY", "k1\nk2")
+    with controller() as (_, url):
+        for key, code in (("k1", 200), ("k2", 200), ("k3", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx2.post(f"{url}/list_models", headers=headers).status_code == code
+        code, _, err = ended(vlmchat("status", "--controller-url", url))
+        assert code == 0, err
+
+
 def test_status_says_who_does_not_answer() -> None:
     code, _, err = ended(vlmchat("status", "--controller-url", "http://127.0.0.1:9"))
     assert (code, "is the controller running?" in err) == (69, True)

@@ -27,6 +27,7 @@ from vlmchat.server.outgoing import AllowList, Outgoing
         (("localhost",), "localhost", "10.0.0.1", False),
         (("gpu1.example",), "GPU1.example", "10.0.0.1", True),
         (("gpu1.example",), "gpu2.example", "10.0.0.1", False),
+        (("gpu-1", "10.example.x2"), "gpu-1", "10.0.0.1", True),
         (("10.0.0.0/24",), "h", "10.0.0.7", True),
         (("10.0.0.0/24",), "h", "10.0.1.7", False),
         (("*",), "h", "8.8.8.8", True),
@@ -38,7 +39,9 @@ def test_allow_list_goes_by_address_or_by_a_trusted_name(
     assert AllowList(entries).allows(host, address) is allowed
 
 
-@pytest.mark.parametrize("entry", ["", "10.0.0.1/8", "10.0.0", "http://x", "2130706433"])
+@pytest.mark.parametrize(
+    "entry", ["", "10.0.0.1/8", "10.0.0", "http://x", "2130706433", "h.0x7f", "0x7f000001"]
+)
 def test_allow_list_refuses_what_is_no_address_network_or_name(entry: str) -> None:
     with pytest.raises(ConfigError, match="--allow-worker"):
         AllowList([entry])

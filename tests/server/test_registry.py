@@ -181,6 +181,85 @@ def test_cache_aware_forgets_what_a_process_knew_that_was_replaced() -> None:
     assert leased(found, ("p1",)) == "a"
 
 
+def by_looking_at_each(found: Registry, prefixes: list[str], method: str) -> str:
+    """Whom shortest_queue or cache_aware, of margin 1, must choose."""
+    workers = [w for w in found.workers if w.healthy and "m" in w.status.models]
+    shortest = min(workers, key=lambda w: w.queue_length / w.speed, default=None)
+    if shortest is None or method == "shortest_queue":
+        return shortest.name if shortest else ""
+    known = {
+        w: max((n + 1 for n, p in enumerate(prefixes) if p in w.prefixes), default=0)
+        for w in workers
+    }
+    most = [w for w in workers if known[w] == max(known.values())]
+    best = min(most, key=lambda w: w.queue_length / w.speed)
+    return (best if best.queue_length <= shortest.queue_length + 1 else shortest).name
+
+
+steps_of_life = st.tuples(
+    st.sampled_from(["lease", "return", "register", "remove", "beat", "fail", "recover"]),
+    st.sampled_from("abcd"),
+    st.integers(0, 4),
+)
+
+
+@given(st.sampled_from(["shortest_queue", "cache_aware"]), st.lists(steps_of_life, max_size=80))
+def test_registry_chooses_as_if_it_looked_at_every_worker(method: str, steps: Any) -> None:
+    found, _ = registry(method, margin=1)
+    held: list[Any] = []
+    for step, name, n in steps:
+        worker = next((w for w in found.workers if w.name == name), None)
+        if step == "lease":
+            prefixes = ["p", *(f"p{name}{k}" for k in range(n))]
+            expected = by_looking_at_each(found, prefixes, method)
+            held += [lease] if (lease := found.lease("m", prefixes)) else []
+            assert (lease.worker.name if lease else "") == expected
+        elif step == "return" and held:
+            held.pop(n % len(held)).give_back()
+        elif step == "register":
+            models = "m" if n else "other"
+            found.register(name, True, status(n, 1 + n % 2, models, instance=n % 3))
+        elif step == "remove":
+            found.remove(name)
+        elif step == "beat":
+            found.beat(name, n, {"prefixes": [f"p{name}{k}" for k in range(n)]})
+        elif worker is not None:
+            worker.fail("cut off") if step == "fail" else worker.recover()
+
+
+def test_registry_remembers_a_limited_number_of_prefixes_and_who_has_them() -> None:
+    found, _ = registry("cache_aware")
+    worker = found.register("a", True, status())
+    for n in range(5000):
+        found.lease("m", [f"p{n}"])
+    assert len(worker.prefixes) == len(found._holders) == 4096
+    found.remove("a")
+    assert not found._holders
+
+
+@pytest.mark.parametrize("method", ["lottery", "shortest_queue", "cache_aware"])
+def test_registry_does_not_look_at_each_of_many_workers(method: str) -> None:
+    found, _ = registry(method)
+    for n in range(1000):
+        found.register(f"w{n}", True, status(prefixes=["p"]))
+    looked: list[str] = []
+
+    def fits(worker: Any) -> bool:
+        looked.append(worker.name)
+        return True
+
+    for n in range(100):
+        assert found.lease("m", ("p", f"p{n}"), (), fits) is not None
+    assert len(looked) < 300
+
+
+def test_lottery_leaves_out_those_that_cannot_take_the_request() -> None:
+    found, _ = registry("lottery")
+    found.register("a", True, status(speed=1000)).fail("cut off")
+    found.register("b", True, status(speed=1))
+    assert {leased(found) for _ in range(20)} == {"b"}
+
+
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},
     {

@@ -56,6 +56,11 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def first_key(value: str | None) -> str | None:
+    """A client's key: the variable may hold a server's, several, one per line; then the first."""
+    return value.split("\n")[0] if value else value
+
+
 def _values(group: Any, values: dict[str, Any]) -> dict[str, Any]:
     named = {field.name: values[field.name] for field in fields(group)}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
@@ -475,7 +480,10 @@ class ServerOptions:
     api_key: Annotated[
         str | None,
         typer.Option(
-            "--api-key", metavar="KEY", help="The server's key; better given as the variable."
+            "--api-key",
+            metavar="KEY",
+            callback=first_key,
+            help="The server's key; better given as the variable.",
         ),
     ] = None
     server_timeout: Annotated[

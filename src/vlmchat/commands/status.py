@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmchat.commands.exit import reporting
+from vlmchat.commands.options import first_key
 from vlmchat.errors import NetworkError
 
 _TIMEOUT_S = 10.0
@@ -27,7 +28,11 @@ def status(
     api_key: Annotated[
         str | None,
         typer.Option(
-            "--api-key", metavar="KEY", envvar="VLMCHAT_API_KEY", help="Its key, if it has one."
+            "--api-key",
+            metavar="KEY",
+            envvar="VLMCHAT_API_KEY",
+            callback=first_key,
+            help="Its key, if it has one.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,

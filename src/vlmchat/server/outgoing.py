@@ -26,6 +26,8 @@ from vlmchat.errors import ConfigError, Forbidden, InvalidRequest, NetworkError
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK = ("127.0.0.0/8", "::1", "localhost")
 _MAX_ANSWER_BYTES = 2**20  # of answers that are read whole
+# A name that ends in a number is an address to resolvers: 2130706433, 127.1, 0x7f000001.
+_HOST_NAME = re.compile(r"(?!(.*\.)?(\d+|0x[0-9a-f]*)$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _FORBIDDEN_IN_URL = re.compile(r"[^\x21-\x7e]|[\\@?#]")
 _HTTPCORE_ERRORS = (
     httpcore2.TimeoutException,
@@ -55,7 +57,7 @@ class AllowList:
         try:
             self._networks.append(ip_network(entry))
         except ValueError as error:
-            if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", entry) or entry[-1].isdigit():
+            if not _HOST_NAME.fullmatch(entry):
                 raise ConfigError(
                     f"--allow-worker {entry!r} is no address, network or host name: {error}"
                 ) from None

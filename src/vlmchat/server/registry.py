@@ -7,18 +7,20 @@ in. What it takes in has been checked by then: a registration by a look at the w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Any, TypeGuard
 
 from vlmchat.errors import InvalidRequest
-from vlmchat.server.dispatch import Choose
+from vlmchat.server.dispatch import Choose, Pool
 
 HEART_BEAT_S = 15.0  # LLaVA's worker beats so often
 EXPIRY_S = 30.0  # LLaVA's controller: older beats are a dead worker's
 _MAX_NAME = 512
-_KEPT_PREFIXES = 4096  # of each worker: some 400 kB
+_KEPT_PREFIXES = 4096  # of each worker: some 800 kB
+_TOLD_PREFIXES = 64  # taken in from one beat
 _KNOWN_FOR_S = 600.0  # a model without workers is waited for, not denied, for so long
 
 
@@ -58,14 +60,16 @@ def _is_count(value: Any) -> TypeGuard[int | float]:
 class Worker:
     """One worker. Its queue is the leases held here and what others have sent it.
 
-    epoch: grows each time it registers or recovers; a request avoids one that failed it by name
-    and epoch. others: requests at its last beat beyond those leased here then.
+    place: in the order of registration. epoch: grows each time it registers or recovers; a request
+    avoids one that failed it by name and epoch. others: requests at its last beat beyond those
+    leased here then.
     """
 
     name: str
     status: WorkerStatus
     check_heart_beat: bool
     last_beat: float
+    place: int = 0
     epoch: int = 0
     others: int = 0
     leases: int = 0
@@ -96,18 +100,6 @@ class Worker:
         """Whether it can go on from tokens that another worker drew."""
         return self.is_ours and self.status.ours.get("resume") is not False
 
-    def known(self, prefixes: Sequence[str]) -> int:
-        """See `dispatch.Candidate.known`."""
-        return next((n for n in range(len(prefixes), 0, -1) if prefixes[n - 1] in self.prefixes), 0)
-
-    def note_prefixes(self, prefixes: Collection[str]) -> None:
-        """Remember that prompts beginning so lie there; the oldest are forgotten."""
-        for prefix in prefixes:
-            self.prefixes[prefix] = None
-            self.prefixes.move_to_end(prefix)
-        while len(self.prefixes) > _KEPT_PREFIXES:
-            self.prefixes.popitem(last=False)
-
     def note_usage(self, usage: Any) -> None:
         """Count an answer's tokens, as OpenAI's usage object has them."""
         details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
@@ -134,10 +126,11 @@ class Worker:
 class Lease:
     """One request's place at a worker, until it is returned. A context manager."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, moved: Callable[[Worker], None]) -> None:
+        self.worker, self._moved = worker, moved
         self._held = True
         worker.leases += 1
+        moved(worker)
 
     def __enter__(self) -> Lease:
         return self
@@ -155,6 +148,7 @@ class Lease:
         if self._held:
             self._held = False
             self.worker.leases -= 1
+            self._moved(self.worker)
 
 
 class Registry:
@@ -167,6 +161,9 @@ class Registry:
         self._clock = clock
         self._expiry_s = expiry_s
         self._workers: dict[str, Worker] = {}
+        self._pools: dict[str, Pool[Worker]] = {}  # by model; none is empty
+        self._holders: dict[str, list[Worker]] = {}  # prefix -> who has it among its own
+        self._places = count()
         self._seen: dict[str, float] = {}  # model -> when a worker had it last
 
     @property
@@ -183,13 +180,17 @@ class Registry:
         now = self._clock()
         worker = self._workers.get(name)
         if worker is None:
-            worker = self._workers[name] = Worker(name, status, check_heart_beat, now)
+            place = next(self._places)
+            worker = self._workers[name] = Worker(name, status, check_heart_beat, now, place)
         else:
+            self._leave(worker)
             if worker.status.ours.get("instance") != status.ours.get("instance"):
-                worker.prefixes.clear()  # a new process remembers nothing
+                self._forget_prefixes(worker)  # a new process remembers nothing
             worker.healthy, worker.trouble, worker.epoch = True, "", worker.epoch + 1
             worker.status, worker.check_heart_beat = status, check_heart_beat
         worker.report(status.queue_length, now)
+        for model in status.models:
+            self._pools.setdefault(model, Pool(self._holders)).add(worker)
         self._note(worker, status.ours)
         return worker
 
@@ -202,6 +203,7 @@ class Registry:
         if ours:
             status = worker.status
             worker.status = WorkerStatus(status.models, status.speed, queue_length, ours)
+        self._moved(worker)
         self._note(worker, ours or {})
         return True
 
@@ -209,11 +211,50 @@ class Registry:
         self._seen.update(dict.fromkeys(worker.status.models, self._clock()))
         prefixes = ours.get("prefixes")
         if isinstance(prefixes, list):
-            worker.note_prefixes([prefix for prefix in prefixes[:64] if _is_name(prefix)])
+            told = [prefix for prefix in prefixes[:_TOLD_PREFIXES] if isinstance(prefix, str)]
+            new = [prefix for prefix in told if prefix not in worker.prefixes]
+            self._remember(worker, filter(_is_name, new))
+
+    def _remember(self, worker: Worker, prefixes: Iterable[str]) -> None:
+        """That prompts beginning so lie there; the oldest are forgotten."""
+        for prefix in prefixes:
+            if prefix in worker.prefixes:
+                worker.prefixes.move_to_end(prefix)
+            else:
+                worker.prefixes[prefix] = None
+                self._holders.setdefault(prefix, []).append(worker)
+        while len(worker.prefixes) > _KEPT_PREFIXES:
+            self._forget_oldest(worker)
+
+    def _forget_oldest(self, worker: Worker) -> None:
+        prefix, _ = worker.prefixes.popitem(last=False)
+        holders = self._holders[prefix]
+        holders.remove(worker)
+        if not holders:
+            del self._holders[prefix]
+
+    def _forget_prefixes(self, worker: Worker) -> None:
+        while worker.prefixes:
+            self._forget_oldest(worker)
+
+    def _moved(self, worker: Worker) -> None:
+        for model in worker.status.models:
+            if model in self._pools:
+                self._pools[model].moved(worker)
+
+    def _leave(self, worker: Worker) -> None:
+        """The pools of its models."""
+        for model in worker.status.models:
+            self._pools[model].discard(worker)
+            if not self._pools[model]:
+                del self._pools[model]
 
     def remove(self, name: str) -> None:
         """Forget a worker."""
-        self._workers.pop(name, None)
+        worker = self._workers.pop(name, None)
+        if worker is not None:
+            self._leave(worker)
+            self._forget_prefixes(worker)
 
     def expire(self) -> list[Worker]:
         """Forget, and return, workers whose beat is checked and is too old."""
@@ -240,6 +281,7 @@ class Registry:
         if worker is None:
             return ""
         worker.others += 1
+        self._moved(worker)
         return worker.name
 
     def lease(
@@ -256,8 +298,8 @@ class Registry:
         worker = self._pick(model, prefixes, avoid, fits)
         if worker is None:
             return None
-        worker.note_prefixes(prefixes)
-        return Lease(worker)
+        self._remember(worker, prefixes)
+        return Lease(worker, self._moved)
 
     def _pick(
         self,
@@ -266,5 +308,13 @@ class Registry:
         avoid: Collection[tuple[str, int]],
         fits: Callable[[Worker], bool],
     ) -> Worker | None:
-        able = [w for w in self.serving(model) if w.healthy and fits(w)]
-        return self._choose([w for w in able if (w.name, w.epoch) not in avoid], prefixes)
+        def able(worker: Worker) -> bool:
+            return (
+                worker.healthy
+                and model in worker.status.models
+                and fits(worker)
+                and not (avoid and (worker.name, worker.epoch) in avoid)
+            )
+
+        pool = self._pools.get(model)
+        return None if pool is None else self._choose(pool, prefixes, able)

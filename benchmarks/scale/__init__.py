@@ -1,0 +1,1 @@
+"""Many workers and many conversations, simulated: `python -m benchmarks scale`."""
