@@ -101,7 +101,9 @@ def _models(
     if "model_path" not in given(ctx):
         url = server.server or page.controller_url
         keep = page.model_list_mode == "once"
-        return ServedModels(url, server.api_key, server.server_timeout, keep=keep)
+        ours = server.server is None
+        timeout_s = server.server_timeout
+        return ServedModels(url, server.api_key, timeout_s, keep=keep, controller=ours)
     from rich.console import Console
 
     limits = engine.build(ANSWER_TOKENS)
