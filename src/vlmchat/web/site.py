@@ -39,17 +39,19 @@ CSS = """
 .gradio-container { max-width: 1400px !important; }
 #columns { align-items: flex-start; }
 #left, #right { gap: .6rem; }
-#title .prose, #title > div { display: flex; align-items: center; justify-content: space-between; }
+#title .prose { position: relative; padding-right: 6rem; max-width: none; }
 #title h1 { margin: 0; font-size: 1.6rem; }
 #title p { margin: .2rem 0 0; }
 #theme, a.export { padding: .3rem .9rem; border-radius: var(--button-small-radius);
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color);
   font-size: var(--button-small-text-size); line-height: 1.4; cursor: pointer; }
 #theme:hover, a.export:hover { background: var(--button-secondary-background-fill-hover); }
-#theme[aria-pressed=true]::after { content: " ✓"; }
+#theme { position: absolute; right: 0; top: .2rem; }
+#theme[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--color-accent); }
 a.export { display: block; text-align: center; text-decoration: none; }
-#files { flex-wrap: nowrap; gap: .4rem; align-items: stretch; }
-#files > * { flex: 1 1 0; min-width: 0 !important; padding: 0; }
+#files { flex-wrap: nowrap; gap: .4rem; align-items: center; }
+#files > * { flex: 1 1 0; min-width: 0 !important; padding: 0 !important; }
+#import { padding: .3rem .9rem !important; line-height: 1.4; }
 #examples { gap: .4rem; }
 #examples button { justify-content: flex-start; padding-block: .2rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
@@ -64,13 +66,14 @@ a.export { display: block; text-align: center; text-decoration: none; }
 .note { margin: 0; font-size: .9rem; }
 #chat { height: 56vh !important; min-height: 260px; }
 #chat .placeholder, #chat .placeholder-content { text-align: center; }
+#chat p:has(> a.edit) { margin: 0; line-height: 1; }
 #chat a.edit { font-size: .75rem; opacity: .8; }
-#edit-at, #which { display: none !important; }
+#edit-at, #which, .form:has(> #which) { display: none !important; }
 #waiting:not(:has(img)) { display: none !important; }
 #model-note:not(:has(b)) { display: none !important; }
 #trouble-row:not(:has(.trouble)) { display: none !important; }
 #actions { gap: .4rem; }
-#actions button { flex: 1 1 4.2rem; min-width: 4.2rem !important; padding-inline: .3rem;
+#actions button { flex: 1 1 5.2rem; min-width: 5.2rem !important; padding-inline: .3rem;
   white-space: nowrap; }
 #stop:disabled { background: var(--button-secondary-background-fill);
   color: var(--button-secondary-text-color); }
