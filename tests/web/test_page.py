@@ -122,6 +122,34 @@ def test_page_regenerates_edits_undoes_and_clears(
     says(browser, "Add a picture and ask about it.")
 
 
+def test_page_edits_an_earlier_question_and_drops_what_follows(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    for text in ("Is <b>this</b> one?", "Question two"):
+        ask(browser, text)
+        says(browser, f"You said: {text.replace('<b>this</b>', 'this')}")
+        enabled(browser, "#undo")
+    browser.locator("#chat a.edit").first.press("Enter")
+    browser.wait_for_function(
+        "document.querySelector('#question textarea').value == 'Is <b>this</b> one?'"
+    )
+    ask(browser, "Question three")
+    says(browser, "You said: Question three")
+    assert "Question two" not in browser.locator("#chat").inner_text()
+    assert backend.seen[-1].turns == ()
+
+
+def test_theme_button_turns_the_page_dark_and_is_remembered(
+    page: tuple[Served, Path], tab: Tab
+) -> None:
+    browser = tab(page[0].url, color_scheme="light")
+    browser.get_by_role("button", name="Dark", pressed=False).click()
+    browser.locator("body.dark").wait_for()
+    browser.reload()
+    browser.get_by_role("button", name="Dark", pressed=True).wait_for()
+
+
 def test_page_keeps_the_conversation_when_an_answer_fails_and_retries_it(
     page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
 ) -> None:

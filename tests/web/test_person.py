@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import ScriptedBackend, picture
 from tests.web.pages import long_answer
 from vlmchat.config import ImagePolicy, sampling_params
-from vlmchat.errors import EngineDead, InvalidRequest
+from vlmchat.errors import EngineDead, InvalidRequest, NoWorker
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
 from vlmchat.web import markup
@@ -31,9 +31,63 @@ def ask(person: Person, backend: Backend, text: str = "hello", mode: str = "Defa
         pass
 
 
-def again(person: Person, backend: Backend, text: str | None = None) -> None:
-    for _ in person.again(lambda: backend, wishes(), text):
+def again(person: Person, backend: Backend) -> None:
+    for _ in person.again(lambda: backend, wishes()):
         pass
+
+
+def change(person: Person, backend: Backend, index: int | None, text: str) -> None:
+    person.edit(index)
+    for _ in person.ask_edited(text, lambda: backend, wishes()):
+        pass
+
+
+def test_changed_question_takes_the_place_of_all_that_follows() -> None:
+    person, backend = Person(LOADER), ScriptedBackend()
+    for text in ("one", "two", "three"):
+        ask(person, backend, text)
+    change(person, backend, 1, "other")
+    assert [turn.user.text for turn in person.conversation.turns] == ["one", "other"]
+
+
+def test_change_that_fails_leaves_what_followed() -> None:
+    person, backend = Person(LOADER), ScriptedBackend(["a", "b", EngineDead("gone")])
+    ask(person, backend, "one")
+    ask(person, backend, "two")
+    change(person, backend, 0, "other")
+    assert [turn.user.text for turn in person.conversation.turns] == ["one", "two"]
+    assert person.undo() == "two"
+
+
+def test_picture_of_a_sent_question_can_be_taken_out_while_it_is_changed() -> None:
+    person, backend = Person(LOADER), ScriptedBackend()
+    person.attach(picture())
+    ask(person, backend, "one")
+    person.edit(0)
+    assert person.waiting == (picture(),)
+    person.keep_waiting([])
+    for _ in person.ask_edited("other", lambda: backend, wishes()):
+        pass
+    assert person.conversation.images == ()
+
+
+def test_question_left_unchanged_keeps_its_pictures() -> None:
+    person, backend = Person(LOADER), ScriptedBackend()
+    person.attach(picture())
+    ask(person, backend, "one")
+    person.edit()
+    person.leave_unchanged()
+    assert (person.waiting, len(person.conversation.images)) == ((), 1)
+
+
+def test_lost_workers_are_told_without_their_addresses() -> None:
+    person = Person(LOADER)
+    lost = NoWorker("no worker for m came within 20 s; last: http://10.0.0.7:21002: silent")
+    ask(person, ScriptedBackend([lost]))
+    assert person.trouble == (
+        "the model m went away and no other took over; try again once it is back"
+    )
+    assert person.open is not None
 
 
 def test_failed_turn_keeps_the_conversation_and_its_question() -> None:
@@ -53,7 +107,8 @@ def test_failed_regenerate_keeps_the_old_answer() -> None:
     ask(person, backend)
     again(person, backend)
     assert [turn.answer for turn in person.conversation.turns] == ["fine"]
-    assert [said["content"] for said in markup.messages(person)] == ["hello", "fine"]
+    shown = [said["content"].partition("\n")[0] for said in markup.messages(person)]
+    assert shown == ["hello", "fine"]
 
 
 def test_next_question_takes_the_pictures_of_a_failed_one_along() -> None:

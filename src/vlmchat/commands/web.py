@@ -101,7 +101,9 @@ def _models(
     if "model_path" not in given(ctx):
         url = server.server or page.controller_url
         keep = page.model_list_mode == "once"
-        return ServedModels(url, server.api_key, server.server_timeout, keep=keep)
+        ours = server.server is None
+        timeout_s = server.server_timeout
+        return ServedModels(url, server.api_key, timeout_s, keep=keep, controller=ours)
     from rich.console import Console
 
     limits = engine.build(ANSWER_TOKENS)
@@ -213,7 +215,30 @@ def _share(port: int) -> str:
     from gradio.networking import setup_tunnel
 
     try:
+        _check_tunnel()
         return str(setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None))
     except Exception as error:  # whatever the download and the start of its tunnel may raise
-        print(f"vlmchat: warning: --share failed: {error}", file=sys.stderr)
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        print(f"vlmchat: warning: --share failed: {told}", file=sys.stderr)
         return "no address: the tunnel could not be made"
+
+
+def _check_tunnel() -> None:
+    """Bring the tunnel's program, and see that it is the one that Gradio's release names.
+
+    Gradio compares it only right after its download, and leaves there what it has refused: the
+    next start would run that. Raises ConfigError.
+    """
+    from hashlib import sha256
+    from pathlib import Path
+
+    from gradio import tunneling
+
+    path, known = Path(tunneling.BINARY_PATH), tunneling.CHECKSUMS.get(tunneling.BINARY_URL)
+    if known is None:
+        raise ConfigError("the tunnel's program for this machine has no known checksum")
+    if not path.exists():
+        print(f"vlmchat: --share brings {tunneling.BINARY_URL} (SHA-256 {known})", file=sys.stderr)
+        tunneling.Tunnel.download_binary()
+    if sha256(path.read_bytes()).hexdigest() != known:
+        raise ConfigError(f"{path} is not the tunnel's program that it should be; remove it")

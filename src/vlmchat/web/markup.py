@@ -30,23 +30,28 @@ def messages(person: Person) -> list[Said]:
     if person.forgotten:
         said.append(_note("the model no longer remembers what stands above"))
     turns = person.conversation.turns
-    if person.replacing:
-        turns = turns[:-1]
-    for turn in turns:
-        said += _turn(person, turn, shown)
+    if person.under_way is not None:
+        turns = turns[: len(person.under_way.before.turns)]
+    for index, turn in enumerate(turns):
+        said += _turn(person, turn, shown, index)
     unanswered = person.open and not person.open.replaces and person.open.question
-    if person.pending is not None:
-        said += _question(person, person.pending, shown)
+    if person.under_way is not None:
+        said += _question(person, person.under_way.question, shown)
         said.append({"role": "assistant", "content": person.partial or "…"})
     elif unanswered:
         said += _question(person, unanswered, shown)
     return said
 
 
-def _turn(person: Person, turn: Turn, shown: set[Image]) -> list[Said]:
+def _turn(person: Person, turn: Turn, shown: set[Image], index: int | None = None) -> list[Said]:
+    """A question and its answer; index: by which its question can be taken up."""
     answer = turn.answer or "*(the model said nothing)*"
     answer += "\n\n*(stopped)*" if turn.interrupted else ""
-    return [*_question(person, turn.user, shown), {"role": "assistant", "content": answer}]
+    asked = _question(person, turn.user, shown)
+    if index is not None:
+        name = f'title="Change question {index + 1} and go on from there"'
+        asked[-1]["content"] += f'\n\n<a class="edit" href="#edit-{index}" {name}>Edit</a>'
+    return [*asked, {"role": "assistant", "content": answer}]
 
 
 def _question(person: Person, message: Message, shown: set[Image]) -> list[Said]:

@@ -68,11 +68,22 @@ class OneModel:
 class ServedModels:
     """The models of a controller, or of any OpenAI-compatible server.
 
-    keep: a model that was there once can be chosen also while it is away.
+    keep: a model that was there once can be chosen also while it is away. controller: `url` is a
+    controller's, which knows more: a model whose workers have all failed is away, though they are
+    registered still.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float, *, keep: bool) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        timeout_s: float,
+        *,
+        keep: bool,
+        controller: bool = False,
+    ) -> None:
         self._url, self._key, self._timeout_s, self._keep = url, api_key, timeout_s, keep
+        self._controller = controller
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(headers=headers, timeout=LIST_TIMEOUT_S)
         self._looking, self._connecting = threading.Lock(), threading.Lock()
@@ -119,7 +130,10 @@ class ServedModels:
     def _look(self) -> None:
         try:
             self._present, self.trouble = _listed(self._http, self._url), ""
-        except (httpx2.HTTPError, NetworkError) as error:
+            if self._controller:
+                failed = _failed(self._http, self._url)
+                self._present = tuple(name for name in self._present if name not in failed)
+        except (httpx2.HTTPError, NetworkError, ValueError) as error:
             self._present, self.trouble = (), f"{self._url} does not answer: {_why(error)}"
         self._seen = tuple(sorted({*self._seen, *self._present}))
 
@@ -138,6 +152,16 @@ def _listed(http: httpx2.Client, url: str) -> tuple[str, ...]:
     data = told.get("data") if isinstance(told, dict) else None
     entries = data if isinstance(data, list) else []
     return tuple(sorted(str(e["id"]) for e in entries if isinstance(e, dict) and e.get("id")))
+
+
+def _failed(http: httpx2.Client, url: str) -> set[str]:
+    """Models none of whose workers is well, as a controller's /status has it. Raises HTTPError."""
+    response = http.get(f"{url.rstrip('/').removesuffix('/v1')}/status")
+    if response.status_code != 200:
+        return set()  # a controller of another kind
+    workers = [w for w in response.json().get("workers", []) if w.get("models")]
+    well = {model for w in workers if w.get("healthy", True) for model in w["models"]}
+    return {model for w in workers for model in w["models"]} - well
 
 
 def _why(error: Exception) -> str:

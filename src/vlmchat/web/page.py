@@ -41,7 +41,13 @@ EXAMPLES = (
 )
 _FOLDER = Path(__file__).parent / "examples"
 _LEAST_TOP_P = 0.01  # 0 on the slider: the likeliest tokens only
+TITLE = (
+    "<div><h1>vlmchat</h1><p>Ask a vision-language model about pictures.</p></div>"
+    '<button id="theme" type="button" aria-pressed="false">Dark</button>'
+)
 PLACEHOLDER = "Add a picture and ask about it.\n\nEnter sends, Shift+Enter begins a new line."
+
+EDIT_AT = "() => [window.editTurn]"  # the page's script sets it, when a question's Edit is pressed
 
 Updates = dict[Any, Any]
 
@@ -116,7 +122,7 @@ class Page:
 
     def _lay_out(self) -> None:
         if not self._options.embed:
-            gr.HTML("<h1>vlmchat</h1><p>Ask a vision-language model about pictures.</p>")
+            gr.HTML(TITLE, elem_id="title")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=3, min_width=280, elem_id="left"):
                 self._lay_out_left()
@@ -129,34 +135,30 @@ class Page:
         self.model = gr.Dropdown([], label="Model", interactive=True, elem_id="model")
         self.model_note = gr.HTML("", elem_id="model-note")
         self.picture = gr.Image(
-            label="Picture: upload, drop, paste or take one",
+            label="Picture",
             sources=["upload", "webcam", "clipboard"],
             type="filepath",
-            height=180,
+            height=190,
             buttons=[],
             elem_id="picture",
         )
-        with gr.Row(elem_id="address-row"):
-            self.address = gr.Textbox(
-                label="Picture from the web",
-                placeholder="https://…",
-                scale=4,
-                min_width=140,
-                elem_id="address",
-            )
-            self.fetch = gr.Button("Add", scale=1, min_width=60, elem_id="fetch")
-        gr.Markdown("Examples")
-        with gr.Row():
+        self.address = gr.Textbox(
+            label="Picture from the web",
+            placeholder="https://…",
+            submit_btn="Add",
+            elem_id="address",
+        )
+        with gr.Column(elem_id="examples"):
+            gr.HTML("Examples")
             self.examples = [
-                gr.Button(question, icon=_FOLDER / name, size="sm", min_width=120)
-                for name, question in EXAMPLES
+                gr.Button(question, icon=_FOLDER / name, size="sm") for name, question in EXAMPLES
             ]
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self._lay_out_parameters()
         with gr.Row(elem_id="files"):
             self.export = gr.HTML("", elem_id="export")
             self.load = gr.UploadButton(
-                "Import one", size="sm", file_types=[".json"], elem_id="import"
+                "Import", size="sm", min_width=80, file_types=[".json"], elem_id="import"
             )
 
     def _lay_out_parameters(self) -> None:
@@ -176,6 +178,7 @@ class Page:
     def _lay_out_right(self) -> None:
         self.chat = gr.Chatbot(
             label="Conversation",
+            show_label=False,
             buttons=["copy"],
             layout="bubble",
             feedback_options=None,
@@ -214,6 +217,8 @@ class Page:
                 "flag": votes("Flag", elem_id="flag"),
             }
         self.facts = gr.HTML("", elem_id="facts")
+        self.edit_at = gr.Button("Edit an earlier question", elem_id="edit-at")  # see EDIT_AT
+        self.which = gr.Number(label="Which", elem_id="which")
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -230,11 +235,11 @@ class Page:
         # Beside the queue, so that it is never behind the answer that it stops.
         self.stop.click(self._stop, None, None, queue=False, **small)
         self.edit.click(self._edit, None, shown, **small)
+        self.edit_at.click(self._edit_at, [self.which], shown, js=EDIT_AT, **small)
         self.undo.click(self._undo, None, shown, **small)
         gr.on([self.clear.click, self.chat.clear], self._clear, None, shown, **small)
         self.picture.input(self._attach_file, [self.picture], shown, **raw)
-        address = [self.fetch.click, self.address.submit]
-        gr.on(address, self._attach_address, [self.address], shown, **small)
+        self.address.submit(self._attach_address, [self.address], shown, **small)
         self.waiting_names.input(self._choose_waiting, [self.waiting_names], shown, **small)
         for example, (name, text) in zip(self.examples, EXAMPLES, strict=True):
             example.click(self._example(name, text), None, shown, **small)
@@ -260,7 +265,10 @@ class Page:
         busy, asked = person.busy, bool(person.conversation.turns or person.open)
         names = [f"{n}. {image.source}" for n, image in enumerate(person.waiting, 1)]
         voting = not busy and person.answered is not None and not person.voted
-        label = "Your last question, to be changed" if person.editing else "Question"
+        label = "Question"
+        if person.edited is not None:
+            number = len(person.edited.before.turns) + 1
+            label = f"Question {number}, to be changed; what follows goes"
         return {
             self.chat: markup.messages(person),
             self.trouble: markup.trouble(person.trouble),
@@ -270,7 +278,7 @@ class Page:
             self.stop: gr.update(interactive=busy),
             self.regenerate: gr.update(interactive=asked and not busy),
             self.edit: gr.update(
-                interactive=asked and not busy, value="Keep as it was" if person.editing else "Edit"
+                interactive=asked and not busy, value="Keep as it was" if person.edited else "Edit"
             ),
             self.undo: gr.update(interactive=asked and not busy),
             self.clear: gr.update(interactive=(asked or bool(names)) and not busy),
@@ -300,7 +308,7 @@ class Page:
             self.model: model,
             self.model_note: note,
             self.known: known,
-            self.export: f'<a class="export" {link}>Export the conversation</a>',
+            self.export: f'<a class="export" {link}>Export</a>',
         }
 
     def _leave(self, request: gr.Request) -> None:
@@ -347,10 +355,8 @@ class Page:
                 raise InvalidRequest("an answer is under way; stop it first")
             self._attach_files(person, asked["files"])
             wishes, find = self._wishes(values), self._finder(text, values)
-            if person.editing:
-                turn = person.again(find, wishes, text)
-            else:
-                turn = person.ask(text, find, wishes)
+            ask = person.ask_edited if person.edited else person.ask
+            turn = ask(text, find, wishes)
             yield from self._turn(person, turn, request, {self.question: self._filled("")})
         except VlmchatError as error:
             yield {**self._told(person, error), self.question: self._filled(text)}
@@ -413,11 +419,23 @@ class Page:
     def _edit(self, request: gr.Request) -> Updates:
         """The last question into the box; a second press leaves it as it was."""
         person = self._people.of(_tab(request))
+        if person.edited is None:
+            return self._take_up(person, None)
         try:
-            text = "" if person.editing else person.last_question()
+            person.leave_unchanged()
         except VlmchatError as error:
             return self._told(person, error)
-        person.editing = not person.editing
+        return {**self._view(person), self.question: self._filled("")}
+
+    def _edit_at(self, index: float | None, request: gr.Request) -> Updates:
+        """An earlier question into the box."""
+        return self._take_up(self._people.of(_tab(request)), int(index or 0))
+
+    def _take_up(self, person: Person, index: int | None) -> Updates:
+        try:
+            text = person.edit(index)
+        except VlmchatError as error:
+            return self._told(person, error)
         view = self._view(person)
         return {**view, self.question: self._filled(text, view[self.question]["label"])}
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from vlmchat.conversation import Conversation, Image, Message, Turn
-from vlmchat.errors import InvalidRequest, VlmchatError
+from vlmchat.errors import InvalidRequest, ModelNotFound, NoWorker, VlmchatError, WorkerFailed
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend, FinishReason, SamplingParams, Timings, Usage
 from vlmchat.session import ChatSession, Reply, Trimmed
@@ -56,7 +56,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A question whose answer has failed. replaces: it was to take the last turn's place."""
+    """A question under way, or one whose answer has failed; `before` is what stood above it.
+
+    replaces: it was to take the place of the turn after `before`, and of all that follow.
+    """
 
     before: Conversation
     question: Message
@@ -72,13 +75,12 @@ class Person:
         self.forgotten: tuple[Turn, ...] = ()
         self.waiting: tuple[Image, ...] = ()
         self.open: Open | None = None
-        self.pending: Message | None = None  # the question being answered
-        self.replacing = False
+        self.under_way: Open | None = None
         self.partial = ""
         self.trouble = ""
         self.answered: Answered | None = None
         self.voted = ""
-        self.editing = False
+        self.edited: Open | None = None  # its question is in the box, to be changed
         self.model = ""
         self.touched = time.monotonic()
         self._loader = loader
@@ -91,7 +93,7 @@ class Person:
     @property
     def busy(self) -> bool:
         """Whether an answer is under way."""
-        return self.pending is not None
+        return self.under_way is not None
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -109,16 +111,21 @@ class Person:
         question = Message("user", text, tuple(dict.fromkeys(images)))
         yield from self._turn(Open(self.conversation, question, False), find, wishes)
 
-    def again(self, find: Find, wishes: Wishes, text: str | None = None) -> Iterator[None]:
-        """Ask the last question once more, or `text` in its place: the old answer stays if the
-        new one fails."""
+    def again(self, find: Find, wishes: Wishes) -> Iterator[None]:
+        """Ask the last question once more: the old answer stays if the new one fails."""
         last = self._last()
-        question = last.question if text is None else replace(last.question, text=text)
-        if not question.text.strip():
-            raise InvalidRequest("type a question first")
-        originals = tuple(self._originals.get(image, image) for image in question.images)
-        question = replace(question, images=originals)
+        question = replace(last.question, images=self._own(last))
         yield from self._turn(replace(last, question=question), find, wishes)
+
+    def ask_edited(self, text: str, find: Find, wishes: Wishes) -> Iterator[None]:
+        """Ask what `edit` has taken up, with the pictures that wait: it and all that follows stay
+        until the new answer is there."""
+        if self.edited is None:
+            raise InvalidRequest("no question is being changed")
+        if not text.strip():
+            raise InvalidRequest("type a question first")
+        question = Message("user", text, self.waiting)
+        yield from self._turn(replace(self.edited, question=question), find, wishes)
 
     def stop(self) -> None:
         """End the answer under way; what was said stays."""
@@ -147,12 +154,12 @@ class Person:
             logger.exception("an answer failed")
             self._fail(asked, "something went wrong on the server; its log says what")
         finally:
-            self.pending, self._reply, self.partial, self.replacing = None, None, "", False
+            self.under_way, self._reply, self.partial = None, None, ""
             self._turn_lock.release()
 
     def _begin(self, asked: Open) -> None:
-        self.pending, self.replacing = asked.question, asked.replaces
-        self.partial, self.trouble, self.voted, self.editing = "", "", "", False
+        self.under_way, self.edited = asked, None
+        self.partial, self.trouble, self.voted = "", "", ""
         self._stopped = False
         self.waiting = tuple(i for i in self.waiting if i not in asked.question.images)
 
@@ -169,7 +176,7 @@ class Person:
         if self._stopped:
             reply.cancel()
         try:
-            with reply:
+            with reply, _told_kindly(wishes.model):
                 drawn_at = 0.0
                 for _ in reply:
                     self.partial = reply.answer
@@ -229,12 +236,46 @@ class Person:
         """The text that `again` would ask. Raises InvalidRequest when there is none."""
         return self._last().question.text
 
+    def edit(self, index: int | None = None) -> str:
+        """Take up the question of turn `index`, or the last, to be asked otherwise: its text is
+        returned, its pictures wait again. Raises InvalidRequest when there is none."""
+        with self._at_rest():
+            self._put_down()
+            turns = self.conversation.turns
+            if index is None:
+                asked = self._last()
+            elif 0 <= index < len(turns):
+                before = replace(self.conversation, turns=turns[:index])
+                asked = Open(before, turns[index].user, True)
+            else:
+                raise InvalidRequest("that question is no longer there")
+            self.edited = replace(asked, question=replace(asked.question, images=self._own(asked)))
+            self.waiting = tuple(dict.fromkeys((*self.edited.question.images, *self.waiting)))
+            return asked.question.text
+
+    def leave_unchanged(self) -> None:
+        """What `edit` has taken up stays as it was."""
+        with self._at_rest():
+            self._put_down()
+
+    def _put_down(self) -> None:
+        own = self.edited.question.images if self.edited else ()
+        self.waiting = tuple(image for image in self.waiting if image not in own)
+        self.edited = None
+
+    def _own(self, asked: Open) -> tuple[Image, ...]:
+        """The question's pictures, as they were before anything was done to them."""
+        return tuple(self._originals.get(image, image) for image in asked.question.images)
+
     def undo(self) -> str:
         """Take the last question back: its text is returned, its pictures wait again."""
         with self._at_rest():
+            self._put_down()
+            later = self.open and len(self.conversation.turns) - len(self.open.before.turns)
+            if later and later > 1:  # a change further up that failed: what stands there stays
+                self.open = None
             last = self._last()
-            own = tuple(self._originals.get(image, image) for image in last.question.images)
-            self.waiting = tuple(dict.fromkeys((*own, *self.waiting)))
+            self.waiting = tuple(dict.fromkeys((*self._own(last), *self.waiting)))
             if self.open is None or self.open.replaces:
                 self.conversation = last.before
             self.open, self.answered, self.voted = None, None, ""
@@ -244,7 +285,7 @@ class Person:
         """Forget everything."""
         with self._at_rest():
             self.conversation, self.forgotten, self.waiting = Conversation(), (), ()
-            self.open, self.answered, self.voted, self.editing = None, None, "", False
+            self.open, self.answered, self.voted, self.edited = None, None, "", None
             self._originals, self._shown = {}, {}
 
     def resume(self, conversation: Conversation, forgotten: tuple[Turn, ...]) -> None:
@@ -265,11 +306,23 @@ class Person:
 
     def _all_images(self) -> Iterator[Image]:
         yield from self.waiting
-        for message in (self.pending, self.open and self.open.question):
-            yield from message.images if message else ()
+        for asked in (self.under_way, self.open):
+            yield from asked.question.images if asked else ()
         yield from self.conversation.images
         for turn in self.forgotten:
             yield from turn.user.images
+
+
+@contextmanager
+def _told_kindly(model: str) -> Iterator[None]:
+    """Addresses and counts of workers are not for people at the page."""
+    try:
+        yield
+    except (NoWorker, WorkerFailed, ModelNotFound) as error:
+        logger.warning("an answer of %s failed: %s", model, error.message)
+        raise NoWorker(
+            f"the model {model} went away and no other took over; try again once it is back"
+        ) from None
 
 
 class People:

@@ -39,8 +39,24 @@ CSS = """
 .gradio-container { max-width: 1400px !important; }
 #columns { align-items: flex-start; }
 #left, #right { gap: .6rem; }
+#title .prose { position: relative; padding-right: 6rem; max-width: none; }
+#title h1 { margin: 0; font-size: 1.6rem; }
+#title p { margin: .2rem 0 0; }
+#theme, a.export { padding: .3rem .9rem; border-radius: var(--button-small-radius);
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color);
+  font-size: var(--button-small-text-size); line-height: 1.4; cursor: pointer; }
+#theme:hover, a.export:hover { background: var(--button-secondary-background-fill-hover); }
+#theme { position: absolute; right: 0; top: .2rem; }
+#theme[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--color-accent); }
+a.export { display: block; text-align: center; text-decoration: none; }
+#files { flex-wrap: nowrap; gap: .4rem; align-items: center; }
+#files > * { flex: 1 1 0; min-width: 0 !important; padding: 0 !important; }
+#import { padding: .3rem .9rem !important; line-height: 1.4; }
+#examples { gap: .4rem; }
+#examples button { justify-content: flex-start; padding-block: .2rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
-.pictures img { max-height: 200px; max-width: 100%; border-radius: .5rem; margin: 0; }
+.pictures img { width: auto !important; height: auto !important; max-height: 200px;
+  max-width: 100%; object-fit: contain; border-radius: .5rem; margin: 0; }
 .pictures.waiting img { max-height: 64px; }
 .trouble { border-left: .3rem solid #b91c1c; background: #fee2e2; color: #7f1d1d;
   padding: .5rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
@@ -48,19 +64,25 @@ CSS = """
 .facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color); }
 .facts meter { width: 7rem; vertical-align: middle; }
 .note { margin: 0; font-size: .9rem; }
-a.export { text-decoration: underline; font-size: .9rem; white-space: nowrap; }
-#chat { height: 52vh !important; min-height: 260px; }
-#export { align-self: center; }
-#address-row { align-items: flex-end; }
+#chat { height: 56vh !important; min-height: 260px; }
+#chat .placeholder, #chat .placeholder-content { text-align: center; }
+#chat p:has(> a.edit) { margin: 0; line-height: 1; }
+#chat a.edit { font-size: .75rem; opacity: .8; }
+#edit-at, #which, .form:has(> #which) { display: none !important; }
 #waiting:not(:has(img)) { display: none !important; }
 #model-note:not(:has(b)) { display: none !important; }
 #trouble-row:not(:has(.trouble)) { display: none !important; }
 #actions { gap: .4rem; }
-#actions button { flex: 1 1 5rem; }
+#actions button { flex: 1 1 5.2rem; min-width: 5.2rem !important; padding-inline: .3rem;
+  white-space: nowrap; }
+#stop:disabled { background: var(--button-secondary-background-fill);
+  color: var(--button-secondary-text-color); }
 *:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px; }
+#question textarea:focus-visible { outline-width: 2px !important; border-radius: .3rem; }
+#question textarea { padding-inline: .4rem; }
 @media (max-width: 700px) {
   #right { order: -1; }
-  #chat { height: 46vh !important; }
+  #chat { height: 50vh !important; }
   .pictures img { max-height: 160px; }
 }
 footer { display: none !important; }
@@ -69,13 +91,44 @@ JS = """() => {
   document.documentElement.lang = "en";
   const name = () => {  // what Gradio leaves without one
     document.querySelector("#question textarea")?.setAttribute("aria-label", "Question");
+    const theme = document.querySelector("#theme");
+    theme?.setAttribute("aria-pressed", document.body.classList.contains("dark"));
   };
+  const kept = (theme) => {  // what the person chose; frames of other sites may keep nothing
+    try {
+      if (theme) localStorage.setItem("vlmchat-theme", theme);
+      return localStorage.getItem("vlmchat-theme");
+    } catch { return theme; }
+  };
+  if (kept() && !new URL(location).searchParams.has("__theme"))
+    document.body.classList.toggle("dark", kept() === "dark");
   name();
   new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  new MutationObserver(name).observe(document.body, { attributeFilter: ["class"] });
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("#theme"))
+      kept(document.body.classList.toggle("dark") ? "dark" : "light");
+    const edit = event.target.closest?.("#chat a[href*='#edit-']");
+    if (!edit) return;
+    event.preventDefault();
+    window.editTurn = Number(edit.getAttribute("href").split("#edit-")[1]);
+    document.querySelector("#edit-at").click();
+    document.querySelector("#question textarea").focus();
+  }, true);
   document.addEventListener("keydown", (event) => {
     const stop = document.querySelector("#stop");
     if (event.key === "Escape" && stop && !stop.disabled) stop.click();
   });
+  const board = navigator.clipboard;  // a question is copied as it was typed
+  const write = board?.writeText.bind(board);
+  if (write) board.writeText = (text) => {
+    const asked = text.includes('<a class="edit"');
+    if (!asked) return write(text);
+    const html = text.replace(/<(div|a) class="(pictures|edit)".*?<\\/\\1>/gs, "");
+    const plain = document.createElement("textarea");
+    plain.innerHTML = html;
+    return write(plain.value.trim());
+  };
 }"""
 
 
