@@ -19,6 +19,7 @@ from vlmchat.errors import (
     InvalidRequest,
     ModelNotFound,
     NetworkError,
+    NoWorker,
     Overloaded,
     PromptTooLong,
     Unauthorized,
@@ -197,6 +198,13 @@ def test_client_asks_a_busy_server_again_when_it_says_so(
         pytest.param(400, {"error": "flat"}, InvalidRequest, "flat", id="ollama"),
         pytest.param(500, {"error": {"message": "ouch"}}, NetworkError, "failed: ouch", id="500"),
         pytest.param(502, "<html>", NetworkError, "failed: <html>", id="proxy"),
+        pytest.param(
+            503,  # not asked again: the controller has waited
+            {"error": {"message": "no worker for m came", "code": "no_worker"}},
+            NoWorker,
+            "no worker for m came",
+            id="no worker",
+        ),
     ],
 )
 def test_client_makes_errors_of_ours_of_a_servers(

@@ -26,11 +26,13 @@ from vlmchat.errors import (
     ModelError,
     ModelNotFound,
     NetworkError,
+    NoWorker,
     OutOfMemory,
     Overloaded,
     PromptTooLong,
     Unauthorized,
     VlmchatError,
+    WorkerFailed,
 )
 from vlmchat.openai_wire import Body, write_body, write_messages
 from vlmchat.queued_stream import Outlet, QueuedStream
@@ -235,14 +237,15 @@ class Client:
                 )
                 response = await self._http.send(request, stream=True)
                 try:
-                    if response.status_code in _BUSY and tried < MAX_TRIES:
-                        pause_s = _pause_s(response, tried)
-                    elif not response.is_success:
-                        await response.aread()
-                        raise _error(response.status_code, _body_of(response), self._root)
-                    else:
+                    if response.is_success:
                         yield response
                         return
+                    await response.aread()
+                    error = _error(response.status_code, _body_of(response), self._root)
+                    busy = response.status_code in _BUSY and tried < MAX_TRIES
+                    if not busy or isinstance(error, NoWorker):  # waited for one already
+                        raise error
+                    pause_s = _pause_s(response, tried)
                 finally:
                     await response.aclose()
                 await asyncio.sleep(pause_s)
@@ -409,9 +412,10 @@ def _simple_errors(root: type[VlmchatError]) -> Iterator[type[VlmchatError]]:
         yield from _simple_errors(child)
 
 
+_NO_ANSWER = (NoWorker, WorkerFailed)  # of a controller
 _BY_CODE = {
     kind.code: kind
-    for root in (InvalidRequest, ModelError, OutOfMemory, Unauthorized, Overloaded)
+    for root in (InvalidRequest, ModelError, OutOfMemory, Unauthorized, Overloaded, *_NO_ANSWER)
     for kind in _simple_errors(root)
     if kind is not PromptTooLong
 }
