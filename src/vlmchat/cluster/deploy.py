@@ -1,0 +1,244 @@
+"""A plan carried out on a Ray cluster: deployed, looked at, scaled, taken down.
+
+Called by `commands/cluster` and by tests. Everything that ray raises on the way is one line of ours.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+from ray.serve.exceptions import RayServeException
+
+from vlmchat import __version__
+from vlmchat.cluster.front import Ingress
+from vlmchat.cluster.plan import APPLICATION, FRONT, ClusterPlan, ModelPlan, Scale
+from vlmchat.cluster.replica import Replica
+from vlmchat.errors import ConfigError, ModelError, NetworkError, NoWorker, Unavailable
+
+_ROUTER = "vlmchat.cluster.router.PrefixRouter"
+_PLAN_KEY = b"vlmchat:plan"
+_FRONT_REQUESTS = 10_000  # that a front carries at a time
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 10.0, 30.0
+_LOAD_ATTEMPTS = 2  # Ray's default of 20 loads hides for long what is wrong
+_LOOK_S = 0.5
+RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
+
+
+def connect(address: str | None, *, start: bool = False) -> bool:
+    """Join a Ray cluster: at the address, else RAY_ADDRESS's, else the one on this machine.
+
+    start: begin one in this process where there is none. Returns whether that was done. Raises
+    NetworkError.
+    """
+    quiet: dict[str, Any] = {"namespace": "vlmchat", "log_to_driver": False, "logging_level": 40}
+    try:
+        ray.init(address=address or "auto", **quiet)
+        return False
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        if address is not None or not start:
+            where = f"at {address}" if address else "here"
+            raise NetworkError(
+                f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'"
+            ) from None
+    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the application stands. state: Ray's word. models: deployment -> replicas by state."""
+
+    state: str
+    message: str
+    replicas: dict[str, dict[str, int]]
+    wanted: tuple[ModelPlan, ...]
+    url: str
+
+    def running(self, model: ModelPlan) -> int:
+        """Replicas that answer."""
+        return self.replicas.get(model.deployment, {}).get(RUNNING, 0)
+
+
+def deploy(plan: ClusterPlan) -> str:
+    """Make it so, without waiting for it; replicas whose version stays are kept.
+
+    Returns the address. Raises ConfigError, NetworkError.
+    """
+    names = [model.deployment for model in plan.models]
+    if len(set(names)) < len(names):
+        raise ConfigError("two models have the same name; give each a --model-name of its own")
+    with _translated():
+        serve.start(
+            proxy_location="EveryNode" if plan.every_node else "HeadOnly",
+            http_options={"host": plan.host, "port": plan.port},
+        )
+        internal_kv._internal_kv_put(_PLAN_KEY, pickle.dumps(plan), True)
+        target = serve.RunTarget(_application(plan), APPLICATION, "/")
+        serve.run_many([target], wait_for_applications_running=False)
+    return _url(plan)
+
+
+def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
+    """Return once every model has its replicas. Raises ModelError with what Ray says, Unavailable.
+
+    tell(line) is called when something has changed.
+    """
+    deadline, told = time.monotonic() + timeout_s, ""
+    while True:
+        now = standing()
+        least = {model.name: model.scale.least for model in now.wanted}
+        there = {model.name: now.running(model) for model in now.wanted}
+        if now.state == FAILED:
+            raise ModelError(f"could not be deployed: {_cause(now.message)}")
+        if now.state == RUNNING and all(there[name] >= least[name] for name in least):
+            return now
+        line = ", ".join(f"{name} {there[name]} of {least[name]}" for name in least)
+        if line != told:
+            tell(f"replicas: {line}")
+            told = line
+        if time.monotonic() > deadline:
+            raise Unavailable(f"not ready within {timeout_s:g} s ({line}): {_cause(now.message)}")
+        time.sleep(_LOOK_S)
+
+
+def standing() -> Standing:
+    """How it stands. Raises NoWorker where nothing is deployed."""
+    with _translated():
+        found = serve.status().applications.get(APPLICATION)
+        stored = internal_kv._internal_kv_get(_PLAN_KEY)
+    if found is None or stored is None:
+        raise NoWorker("nothing of vlmchat runs on this Ray cluster; start it: vlmchat cluster up")
+    plan: ClusterPlan = pickle.loads(stored)
+    messages = [found.message, *(d.message for d in found.deployments.values())]
+    replicas = {name: dict(d.replica_states) for name, d in found.deployments.items()}
+    return Standing(
+        str(getattr(found.status, "value", found.status)),
+        next((message for message in messages if message), ""),
+        {name: {str(k): v for k, v in states.items()} for name, states in replicas.items()},
+        plan.models,
+        _url(plan),
+    )
+
+
+def scale(name: str | None, least: int, most: int) -> ModelPlan:
+    """Other bounds for a model's replicas; name: None where there is one model only.
+
+    Raises ConfigError, NoWorker.
+    """
+    now = standing()
+    names = [model.name for model in now.wanted]
+    if name is None and len(names) > 1:
+        raise ConfigError(f"--model-name is missing; it is one of {', '.join(names)}")
+    model = next((m for m in now.wanted if m.name == (name or names[0])), None)
+    if model is None:
+        raise ConfigError(f"--model-name {name}: there are {', '.join(names)}")
+    changed = replace(model, scale=replace(model.scale, least=least, most=most))
+    plan: ClusterPlan = pickle.loads(internal_kv._internal_kv_get(_PLAN_KEY))
+    models = tuple(changed if one is model else one for one in now.wanted)
+    deploy(replace(plan, models=models))
+    return changed
+
+
+def take_down() -> None:
+    """End the application; answers under way have their time. Serve ends with its last one.
+
+    Raises NoWorker where there is none.
+    """
+    standing()
+    with _translated():
+        serve.delete(APPLICATION)
+        internal_kv._internal_kv_del(_PLAN_KEY)
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _application(plan: ClusterPlan) -> Any:
+    """The front, bound to every model's deployment."""
+    behind = [_deployment(model, plan).bind(*_arguments(model)) for model in plan.models]
+    front = serve.deployment(
+        Ingress,
+        name=FRONT,
+        num_replicas=plan.num_fronts,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_FRONT_REQUESTS,
+        user_config={"models": {model.name: model.deployment for model in plan.models}},
+        graceful_shutdown_timeout_s=max(m.policy.drain_s for m in plan.models),
+    )
+    front = front.options(version=f"{__version__} {plan.version}", _internal=True)
+    return front.bind(plan.edge, plan.limits, *behind)
+
+
+def _arguments(model: ModelPlan) -> tuple[Any, ...]:
+    return model.name, model.load, model.policy, model.resumes
+
+
+def _deployment(model: ModelPlan, plan: ClusterPlan) -> Any:
+    """One model's. What is told in it but its version can change while replicas run."""
+    least, most = model.scale.least, model.scale.most
+    how_many: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        how_many = {"autoscaling_config": _autoscaling(model.scale)}
+    deployment = serve.deployment(
+        Replica,
+        name=model.deployment,
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        max_ongoing_requests=model.policy.concurrency,
+        max_queued_requests=plan.max_waiting,
+        request_router_config={
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"margin": plan.cache_margin},
+        },
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=model.policy.drain_s,
+        graceful_shutdown_wait_loop_s=1.0,
+        max_constructor_retry_count=_LOAD_ATTEMPTS,
+        **how_many,
+    )
+    return deployment.options(version=f"{__version__} {model.version}", _internal=True)
+
+
+def _autoscaling(scale: Scale) -> dict[str, Any]:
+    return {
+        "min_replicas": scale.least,
+        "max_replicas": scale.most,
+        "target_ongoing_requests": scale.ongoing,
+        "upscale_delay_s": scale.up_delay_s,
+        "downscale_delay_s": scale.down_delay_s,
+        "look_back_period_s": max(1.0, min(30.0, scale.up_delay_s)),
+    }
+
+
+def _url(plan: ClusterPlan) -> str:
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(plan.host, plan.host)
+    return f"http://[{host}]:{plan.port}" if ":" in host else f"http://{host}:{plan.port}"
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (RayError, RayServeException, RuntimeError, ConnectionError) as error:
+        raise NetworkError(f"Ray: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _cause(message: str) -> str:
+    """The last exception's line of a traceback that Ray passes on."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("vlmchat.errors.")]
+    if told:
+        return told[-1].partition(": ")[2]
+    return " ".join(message.split())[:300] or "Ray gives no reason"
