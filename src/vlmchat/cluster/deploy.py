@@ -1,14 +1,15 @@
 """A plan carried out on a Ray cluster: deployed, looked at, scaled, taken down.
 
-Called by `commands/cluster` and by tests. Everything that ray raises on the way is one line of ours.
+Called by `commands/cluster` and by tests. What ray raises on the way is one line of ours.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,17 +18,26 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
 
 from vlmchat import __version__
 from vlmchat.cluster.front import Ingress
 from vlmchat.cluster.plan import APPLICATION, FRONT, ClusterPlan, ModelPlan, Scale
 from vlmchat.cluster.replica import Replica
-from vlmchat.errors import ConfigError, ModelError, NetworkError, NoWorker, Unavailable
+from vlmchat.errors import (
+    ConfigError,
+    ModelError,
+    NetworkError,
+    NoWorker,
+    Unavailable,
+    VlmchatError,
+)
 
 _ROUTER = "vlmchat.cluster.router.PrefixRouter"
 _PLAN_KEY = b"vlmchat:plan"
+_HEAD = "node:__internal_head__"  # what every head has one of
 _FRONT_REQUESTS = 10_000  # that a front carries at a time
-_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 10.0, 30.0
+_HEALTH_TIMEOUT_S = 30.0  # of a look at a replica: a token is generated
 _LOAD_ATTEMPTS = 2  # Ray's default of 20 loads hides for long what is wrong
 _LOOK_S = 0.5
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
@@ -39,7 +49,9 @@ def connect(address: str | None, *, start: bool = False) -> bool:
     start: begin one in this process where there is none. Returns whether that was done. Raises
     NetworkError.
     """
-    quiet: dict[str, Any] = {"namespace": "vlmchat", "log_to_driver": False, "logging_level": 40}
+    quiet: dict[str, Any] = {"namespace": "vlmchat", "log_to_driver": False}
+    quiet["logging_level"] = logging.ERROR
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(address=address or "auto", **quiet)
         return False
@@ -49,8 +61,32 @@ def connect(address: str | None, *, start: bool = False) -> bool:
             raise NetworkError(
                 f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'"
             ) from None
+    # Ray's own choice of address would let other machines in.
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     return True
+
+
+def has_gpus() -> bool:
+    """Whether any node has one."""
+    return float(ray.cluster_resources().get("GPU", 0)) > 0
+
+
+def stay(every_s: float) -> None:
+    """Return once the application has been taken down."""
+    while True:
+        try:
+            standing()
+        except NoWorker:
+            return
+        time.sleep(every_s)
+
+
+def leave(*, take_down: bool = False) -> None:
+    """Let go of the cluster; it ends, answers under way first, if this process has begun it."""
+    if take_down:
+        with suppress(VlmchatError):
+            _end()
+    ray.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +118,8 @@ def deploy(plan: ClusterPlan) -> str:
             http_options={"host": plan.host, "port": plan.port},
         )
         internal_kv._internal_kv_put(_PLAN_KEY, pickle.dumps(plan), True)
-        target = serve.RunTarget(_application(plan), APPLICATION, "/")
+        quiet = LoggingConfig(enable_access_log=False)  # each replica's beats would be in it
+        target = serve.RunTarget(_application(plan), APPLICATION, "/", quiet)
         serve.run_many([target], wait_for_applications_running=False)
     return _url(plan)
 
@@ -154,6 +191,10 @@ def take_down() -> None:
     Raises NoWorker where there is none.
     """
     standing()
+    _end()
+
+
+def _end() -> None:
     with _translated():
         serve.delete(APPLICATION)
         internal_kv._internal_kv_del(_PLAN_KEY)
@@ -164,11 +205,13 @@ def take_down() -> None:
 def _application(plan: ClusterPlan) -> Any:
     """The front, bound to every model's deployment."""
     behind = [_deployment(model, plan).bind(*_arguments(model)) for model in plan.models]
+    # With one address the front is where that is: other nodes can go, and no answer with them.
+    at_head = {} if plan.every_node else {"resources": {_HEAD: 0.001}}
     front = serve.deployment(
         Ingress,
         name=FRONT,
         num_replicas=plan.num_fronts,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, **at_head},
         max_ongoing_requests=_FRONT_REQUESTS,
         user_config={"models": {model.name: model.deployment for model in plan.models}},
         graceful_shutdown_timeout_s=max(m.policy.drain_s for m in plan.models),
@@ -197,7 +240,7 @@ def _deployment(model: ModelPlan, plan: ClusterPlan) -> Any:
             "request_router_class": _ROUTER,
             "request_router_kwargs": {"margin": plan.cache_margin},
         },
-        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_period_s=model.health_s,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=model.policy.drain_s,
         graceful_shutdown_wait_loop_s=1.0,

@@ -21,7 +21,11 @@ class Head(NamedTuple):
 
 
 async def asked(
-    app: ASGIApp, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    app: ASGIApp,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Head | bytes]:
     """The answer's head, then its body as it comes. Closing it is the client's leaving."""
     parts: asyncio.Queue[Head | bytes | None] = asyncio.Queue()

@@ -40,7 +40,7 @@ class ModelPlan:
     """One model and its replicas.
 
     load() gives the backend, in the replica's process. resumes: whether that can go on from token
-    ids. version: other replicas are needed once it has changed.
+    ids. version: other replicas are needed once it has changed. health_s: between looks at each.
     """
 
     name: str
@@ -51,6 +51,7 @@ class ModelPlan:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     resumes: bool = True
+    health_s: float = 10.0
 
     @property
     def deployment(self) -> str:
@@ -62,8 +63,8 @@ class ModelPlan:
 class ClusterPlan:
     """All of it: one application on one address.
 
-    every_node: an HTTP server on each node with replicas, not on the head only. max_waiting:
-    requests for a model that wait at a front for a replica's turn. version: other fronts are needed
+    every_node: an HTTP server on each node with replicas, and fronts anywhere, not on the head only.
+    max_waiting: requests for a model that wait at a front for a replica's turn. version: other fronts are needed
     once it has changed.
     """
 

@@ -1,0 +1,235 @@
+"""Answers over a real Ray of several nodes: whole, whatever is killed, removed, added or replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.cluster.conftest import NODE, Running, model
+from vlmchat.cluster.plan import Scale
+from vlmchat.server.worker import WorkerPolicy
+
+LONG = " ".join(f"word{n}" for n in range(60))
+PATIENCE_S = 60.0
+
+
+def body(question: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {"model": "echo", "messages": messages, "max_tokens": 200, **more}
+
+
+def ask(url: str, question: str, begun: Callable[[], None] = lambda: None) -> str:
+    """The streamed answer; fails unless it ends as it should. begun() at its tenth word."""
+    text, done, reasons = "", False, []
+    with (
+        httpx2.Client(timeout=90) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body(question, stream=True)) as r,
+    ):
+        assert r.status_code == 200, r.read()
+        for line in r.iter_lines():
+            if line == "data: [DONE]":
+                done = True
+            elif line.startswith("data: "):
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                for choice in chunk["choices"]:
+                    text += choice["delta"].get("content", "")
+                    reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+                    if len(text.split()) == 10 and choice["delta"].get("content"):
+                        begun()
+    assert (done, reasons) == (True, ["stop"])
+    return text
+
+
+def replicas(state: str = "RUNNING") -> list[Any]:
+    """Ray's records of the model's replicas."""
+    from ray import serve
+
+    details = serve.context._get_global_client().get_serve_details()
+    deployments = details["applications"]["vlmchat"]["deployments"]
+    return [r for r in deployments["model-echo"]["replicas"] if r["state"] == state]
+
+
+def busy(replica: Any) -> int:
+    """Requests that it has under way."""
+    import ray
+
+    actor = ray.get_actor(replica["actor_name"], namespace="serve")
+    return int(ray.get(actor.get_num_ongoing_requests.remote(), timeout=5))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.2)
+
+
+@contextmanager
+def load(url: str, clients: int) -> Iterator[list[str]]:
+    """So many ask all the time; each answer is in the list, or what failed."""
+    answers: list[str] = []
+    over = threading.Event()
+
+    def client(number: int) -> None:
+        turn = 0
+        while not over.is_set():
+            turn += 1
+            question = f"client {number} turn {turn} " + " ".join(LONG.split()[:20])
+            try:
+                whole = ask(url, question) == f"You said: {question}"
+                answers.append("whole" if whole else f"not whole: {question}")
+            except Exception as error:
+                answers.append(repr(error))
+
+    with ThreadPoolExecutor(clients) as pool:
+        for number in range(clients):
+            pool.submit(client, number)
+        try:
+            yield answers
+        finally:
+            over.set()
+
+
+def test_front_speaks_both_wires_for_its_replicas(running: Running) -> None:
+    running.deploy(model(0.0))
+    with httpx2.Client(base_url=running.url, timeout=30) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        assert client.post("/list_models").json() == {"models": ["echo"]}
+        asked = client.post("/get_worker_address", json={"model": "echo"})
+        assert asked.json() == {"address": running.url}
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+        whole = client.post("/v1/chat/completions", json=body("a b")).json()
+        assert whole["choices"][0]["message"]["content"] == "You said: a b"
+        assert client.post("/v1/vlmchat/count", json=body("a b")).json()["tokens"] == 4
+        prompt = "A chat. USER: a b ASSISTANT:"
+        legacy = {"model": "echo", "prompt": prompt, "stop": "</s>", "max_new_tokens": 50}
+        told = client.post("/worker_generate_stream", json=legacy).content.split(b"\0")
+        assert json.loads(told[-2])["text"].startswith(prompt + "You said:")
+        missing = client.post("/v1/chat/completions", json=body("a") | {"model": "none"})
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_conversation_returns_to_the_replica_that_has_its_beginning(running: Running) -> None:
+    running.deploy(model(0.0))
+    with httpx2.Client(base_url=running.url, timeout=30) as client:
+        messages: list[dict[str, str]] = []
+        for turn in range(6):
+            messages.append({"role": "user", "content": f"turn {turn}"})
+            told = client.post("/v1/chat/completions", json=body("") | {"messages": messages})
+            messages.append(told.json()["choices"][0]["message"])
+        page = client.get("/metrics").text
+    hits = [
+        line for line in page.splitlines() if line.startswith("vlmchat_prefix_cache_hits_total")
+    ]
+    assert sorted(float(line.split()[-1]) > 30 for line in hits) == [False, True]
+
+
+def test_front_answers_429_when_as_many_wait_as_may(running: Running) -> None:
+    one = model(0.05, policy=WorkerPolicy(concurrency=1), scale=Scale(1, 1))
+    running.deploy(one, max_waiting=1)
+    with ThreadPoolExecutor(4) as pool, httpx2.Client(timeout=60) as client:
+
+        def post(number: int) -> httpx2.Response:
+            return client.post(f"{running.url}/v1/chat/completions", json=body(LONG))
+
+        answers = list(pool.map(post, range(4)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert refused
+    assert {answer.status_code for answer in refused} == {429}
+    assert refused[0].json()["error"]["code"] == "overloaded"
+    assert refused[0].headers["retry-after"] == "1"
+
+
+def test_answer_is_whole_when_its_replica_is_killed(running: Running) -> None:
+    running.deploy(model(0.05))
+    killed: list[int] = []
+
+    def kill() -> None:
+        (replica,) = [r for r in replicas() if busy(r)]
+        os.kill(replica["pid"], signal.SIGKILL)
+        killed.append(replica["pid"])
+
+    assert ask(running.url, LONG, kill) == f"You said: {LONG}"
+    assert len(killed) == 1
+    until(lambda: len(replicas()) == 2 and killed[0] not in [r["pid"] for r in replicas()])
+
+
+def test_replica_without_an_engine_is_replaced(running: Running) -> None:
+    running.deploy(model(0.0, scale=Scale(1, 1), health_s=1.0))
+    (dead,) = replicas()
+    with httpx2.Client(timeout=60) as client:
+        client.post(f"{running.url}/v1/chat/completions", json=body("stop the engine"))
+    until(lambda: [r["pid"] for r in replicas()] not in ([], [dead["pid"]]))
+    assert ask(running.url, "again") == "You said: again"
+
+
+def test_answers_are_whole_when_a_node_is_removed(running: Running) -> None:
+    node = running.ray.add_node(**NODE)
+    running.deploy(model(0.05, scale=Scale(8, 8)))
+    assert len({replica["node_id"] for replica in replicas()}) == 2
+    reached = threading.Barrier(7)
+    questions = [f"{number} {LONG}" for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [
+            pool.submit(ask, running.url, q, lambda: [reached.wait(30)][1:]) for q in questions
+        ]
+        reached.wait(30)
+        running.ray.remove_node(node, allow_graceful=False)
+        answers = [one.result() for one in asked]
+    assert answers == [f"You said: {question}" for question in questions]
+    head = {replica["node_id"] for replica in replicas()}
+    until(lambda: len({replica["node_id"] for replica in replicas()}) == 1)
+    assert head
+
+
+def test_replicas_become_more_under_load_and_fewer_after_it(running: Running) -> None:
+    scale = Scale(1, 3, ongoing=1.0, up_delay_s=1.0, down_delay_s=2.0)
+    running.deploy(model(0.05, scale=scale))
+    with load(running.url, clients=6) as answers:
+        until(lambda: len(replicas()) == 3)
+    assert set(answers) == {"whole"}
+    until(lambda: len(replicas()) == 1)
+    assert ask(running.url, "after") == "You said: after"
+
+
+def test_no_request_is_lost_while_replicas_are_replaced(running: Running) -> None:
+    running.deploy(model(0.05, version="old"))
+    before = {replica["pid"] for replica in replicas()}
+    with load(running.url, clients=6) as answers:
+        until(lambda: len(answers) >= 6)
+        running.deploy(model(0.05, version="new"))
+        until(lambda: before.isdisjoint({replica["pid"] for replica in replicas()}))
+        enough = len(answers) + 6
+        until(lambda: len(answers) >= enough)
+    assert set(answers) == {"whole"}
+    assert len(answers) >= 12
+
+
+def test_replicas_that_stay_are_not_touched_when_others_are_added(running: Running) -> None:
+    from vlmchat.cluster import deploy
+
+    running.deploy(model(0.0, scale=Scale(1, 1)))
+    (kept,) = replicas()
+    deploy.scale(None, 2, 2)
+    deploy.await_ready(60, lambda line: None)
+    assert kept["pid"] in [replica["pid"] for replica in replicas()]
+    assert len(replicas()) == 2
+
+
+@pytest.mark.parametrize("name", [None, "echo"])
+def test_scale_knows_its_only_model(running: Running, name: str | None) -> None:
+    from vlmchat.cluster import deploy
+
+    assert deploy.scale(name, 1, 1).name == "echo"
