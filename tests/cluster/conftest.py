@@ -26,13 +26,6 @@ SETTINGS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs ray."""
-    for item in items:
-        if item.path.parent == __file__.rpartition("/")[0]:
-            item.add_marker(pytest.mark.ray)
-
-
 @dataclass(frozen=True)
 class Running:
     """Ray with Serve, on one address, whatever is deployed there."""
@@ -49,7 +42,7 @@ class Running:
         from vlmchat.cluster import deploy
 
         deploy.deploy(ClusterPlan(models, port=self.port, **options))
-        deploy.await_ready(120, lambda line: None)
+        deploy.await_ready(300, lambda line: None)
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +69,7 @@ def running() -> Iterator[Running]:
             cluster.shutdown()
 
 
-def model(delay_s: float, version: str = "1", **options: Any) -> ModelPlan:
-    """One that says questions again."""
-    fixed = {"policy": WorkerPolicy(drain_s=30), "scale": Scale(2, 2), "num_cpus": 1.0}
-    return ModelPlan(
-        "echo", partial(echo, delay_s), version=f"{version} {delay_s}", **fixed | options
-    )
+def model(version: str = "1", **options: Any) -> ModelPlan:
+    """One that says questions again, a word every 50 ms. Of one version, replicas are kept."""
+    plan = {"policy": WorkerPolicy(), "scale": Scale(2, 2), **options}
+    return ModelPlan("echo", partial(echo, 0.05), version=version, **plan)

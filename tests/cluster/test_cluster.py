@@ -1,4 +1,4 @@
-"""Answers over a real Ray of several nodes: whole, whatever is killed, removed, added or replaced."""
+"""A real Ray of several nodes: answers are whole, whatever is killed, removed, or replaced."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from tests.cluster.conftest import NODE, Running, model
 from vlmchat.cluster.plan import Scale
 from vlmchat.server.worker import WorkerPolicy
 
+# What ray's own modules warn of is nothing that can be done here.
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.timeout(900),  # on a busy machine a replica takes long to start
+]
 LONG = " ".join(f"word{n}" for n in range(60))
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def body(question: str, **more: Any) -> dict[str, Any]:
@@ -75,6 +81,10 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def void(value: object) -> None:
+    """For a callback that returns nothing."""
+
+
 @contextmanager
 def load(url: str, clients: int) -> Iterator[list[str]]:
     """So many ask all the time; each answer is in the list, or what failed."""
@@ -102,7 +112,7 @@ def load(url: str, clients: int) -> Iterator[list[str]]:
 
 
 def test_front_speaks_both_wires_for_its_replicas(running: Running) -> None:
-    running.deploy(model(0.0))
+    running.deploy(model())
     with httpx2.Client(base_url=running.url, timeout=30) as client:
         until(lambda: client.get("/ready").status_code == 200)
         assert client.post("/list_models").json() == {"models": ["echo"]}
@@ -122,7 +132,7 @@ def test_front_speaks_both_wires_for_its_replicas(running: Running) -> None:
 
 
 def test_conversation_returns_to_the_replica_that_has_its_beginning(running: Running) -> None:
-    running.deploy(model(0.0))
+    running.deploy(model())
     with httpx2.Client(base_url=running.url, timeout=30) as client:
         messages: list[dict[str, str]] = []
         for turn in range(6):
@@ -137,7 +147,7 @@ def test_conversation_returns_to_the_replica_that_has_its_beginning(running: Run
 
 
 def test_front_answers_429_when_as_many_wait_as_may(running: Running) -> None:
-    one = model(0.05, policy=WorkerPolicy(concurrency=1), scale=Scale(1, 1))
+    one = model(policy=WorkerPolicy(concurrency=1), scale=Scale(1, 1))
     running.deploy(one, max_waiting=1)
     with ThreadPoolExecutor(4) as pool, httpx2.Client(timeout=60) as client:
 
@@ -153,7 +163,7 @@ def test_front_answers_429_when_as_many_wait_as_may(running: Running) -> None:
 
 
 def test_answer_is_whole_when_its_replica_is_killed(running: Running) -> None:
-    running.deploy(model(0.05))
+    running.deploy(model())
     killed: list[int] = []
 
     def kill() -> None:
@@ -166,37 +176,39 @@ def test_answer_is_whole_when_its_replica_is_killed(running: Running) -> None:
     until(lambda: len(replicas()) == 2 and killed[0] not in [r["pid"] for r in replicas()])
 
 
-def test_replica_without_an_engine_is_replaced(running: Running) -> None:
-    running.deploy(model(0.0, scale=Scale(1, 1), health_s=1.0))
-    (dead,) = replicas()
-    with httpx2.Client(timeout=60) as client:
-        client.post(f"{running.url}/v1/chat/completions", json=body("stop the engine"))
-    until(lambda: [r["pid"] for r in replicas()] not in ([], [dead["pid"]]))
-    assert ask(running.url, "again") == "You said: again"
+def test_replica_is_free_when_its_client_has_left(running: Running) -> None:
+    running.deploy(model())
+    with httpx2.Client(timeout=30) as client:
+        asked = body(" ".join(["word"] * 250), stream=True)  # 12 s
+        with client.stream("POST", f"{running.url}/v1/chat/completions", json=asked) as answer:
+            assert answer.status_code == 200
+            next(answer.iter_lines())
+            assert sum(map(busy, replicas())) == 1
+            left = time.monotonic()
+    until(lambda: sum(map(busy, replicas())) == 0)
+    assert time.monotonic() - left < 8
 
 
 def test_answers_are_whole_when_a_node_is_removed(running: Running) -> None:
     node = running.ray.add_node(**NODE)
-    running.deploy(model(0.05, scale=Scale(8, 8)))
+    running.deploy(model(scale=Scale(4, 4), num_cpus=2.0))
     assert len({replica["node_id"] for replica in replicas()}) == 2
     reached = threading.Barrier(7)
     questions = [f"{number} {LONG}" for number in range(6)]
     with ThreadPoolExecutor(6) as pool:
         asked = [
-            pool.submit(ask, running.url, q, lambda: [reached.wait(30)][1:]) for q in questions
+            pool.submit(ask, running.url, q, lambda: void(reached.wait(30))) for q in questions
         ]
         reached.wait(30)
         running.ray.remove_node(node, allow_graceful=False)
         answers = [one.result() for one in asked]
     assert answers == [f"You said: {question}" for question in questions]
-    head = {replica["node_id"] for replica in replicas()}
     until(lambda: len({replica["node_id"] for replica in replicas()}) == 1)
-    assert head
 
 
 def test_replicas_become_more_under_load_and_fewer_after_it(running: Running) -> None:
     scale = Scale(1, 3, ongoing=1.0, up_delay_s=1.0, down_delay_s=2.0)
-    running.deploy(model(0.05, scale=scale))
+    running.deploy(model(scale=scale))
     with load(running.url, clients=6) as answers:
         until(lambda: len(replicas()) == 3)
     assert set(answers) == {"whole"}
@@ -205,11 +217,11 @@ def test_replicas_become_more_under_load_and_fewer_after_it(running: Running) ->
 
 
 def test_no_request_is_lost_while_replicas_are_replaced(running: Running) -> None:
-    running.deploy(model(0.05, version="old"))
+    running.deploy(model(version="old"))
     before = {replica["pid"] for replica in replicas()}
     with load(running.url, clients=6) as answers:
         until(lambda: len(answers) >= 6)
-        running.deploy(model(0.05, version="new"))
+        running.deploy(model(version="new"))
         until(lambda: before.isdisjoint({replica["pid"] for replica in replicas()}))
         enough = len(answers) + 6
         until(lambda: len(answers) >= enough)
@@ -220,7 +232,7 @@ def test_no_request_is_lost_while_replicas_are_replaced(running: Running) -> Non
 def test_replicas_that_stay_are_not_touched_when_others_are_added(running: Running) -> None:
     from vlmchat.cluster import deploy
 
-    running.deploy(model(0.0, scale=Scale(1, 1)))
+    running.deploy(model(scale=Scale(1, 1)))
     (kept,) = replicas()
     deploy.scale(None, 2, 2)
     deploy.await_ready(60, lambda line: None)
@@ -228,8 +240,10 @@ def test_replicas_that_stay_are_not_touched_when_others_are_added(running: Runni
     assert len(replicas()) == 2
 
 
-@pytest.mark.parametrize("name", [None, "echo"])
-def test_scale_knows_its_only_model(running: Running, name: str | None) -> None:
-    from vlmchat.cluster import deploy
-
-    assert deploy.scale(name, 1, 1).name == "echo"
+def test_replica_without_an_engine_is_replaced(running: Running) -> None:
+    running.deploy(model(scale=Scale(1, 1), health_s=1.0))
+    (dead,) = replicas()
+    with httpx2.Client(timeout=60) as client:
+        client.post(f"{running.url}/v1/chat/completions", json=body("stop the engine"))
+    until(lambda: [r["pid"] for r in replicas()] not in ([], [dead["pid"]]))
+    assert ask(running.url, "again") == "You said: again"

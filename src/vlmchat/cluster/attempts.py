@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from ray.exceptions import RayError
@@ -21,7 +22,7 @@ from vlmchat.errors import NetworkError, Overloaded
 from vlmchat.server.app import error_object
 from vlmchat.server.failover import Refusal
 from vlmchat.server.outgoing import Answer
-from vlmchat.server.registry import Lease, Registry, Worker
+from vlmchat.server.registry import Lease, Registry, Worker, WorkerStatus
 
 ALIVE_S = 10.0  # a replica, or all of a model, that has not been heard of for so long is lost
 _ANY = "a replica"  # in place of a worker's address
@@ -30,10 +31,16 @@ _ANY = "a replica"  # in place of a worker's address
 class Attempts:
     """See the module. replicas: as they have told of themselves, each a worker of its model."""
 
-    def __init__(self, replicas: Registry, handle: DeploymentHandle[Any], model: str) -> None:
+    def __init__(
+        self, replicas: Registry, handle: DeploymentHandle[Any], model: str, *, resumes: bool
+    ) -> None:
+        """resumes: whether its replicas can go on from token ids."""
         self._replicas, self._handle, self._model = replicas, handle, model
+        ours = {"openai": True, "resume": resumes}
+        self._any = Worker(_ANY, WorkerStatus((model,), 1, 0, ours), True, time.monotonic())
         self._prefixes: Sequence[str] = ()
-        self._refused = False
+        self._known = False  # which replica it is that is asked now
+        self._refused = self._in_vain = False  # how the last attempt ended
         self.tried: list[str] = []  # replicas, in order
 
     # -- whom to ask: see `failover.Pool` ------------------------------------------------------
@@ -47,16 +54,13 @@ class Attempts:
     ) -> Lease | None:
         """A place at whichever replica Ray will choose.
 
-        None where there is none, and once where all have refused.
+        None once where all have refused, and while there is none after one was waited for in vain.
         """
         self._prefixes = prefixes
-        able = [worker for worker in self.serving(model) if fits(worker)]
-        untried = [worker for worker in able if worker.name not in self.tried]
-        if not able or (self._refused and not untried):
-            self._refused = False
-            return None
+        there = {worker.name for worker in self.serving(model)}
+        full = self._refused and there <= set(self.tried)
         self._refused = False
-        return Lease(Worker(_ANY, able[0].status, True, time.monotonic()))
+        return None if full or (self._in_vain and not there) else Lease(self._any)
 
     def serving(self, model: str) -> list[Worker]:
         """Its replicas."""
@@ -85,7 +89,7 @@ class Attempts:
             prefixes=self._prefixes,
             avoid=tuple(self.tried),
         )
-        self._known = False
+        self._known = self._in_vain = False
         try:
             with _translated():
                 self.tried.append(await anext(response))
@@ -97,15 +101,17 @@ class Attempts:
             self._refused = True
             raise
         finally:
-            response.cancel()
+            with suppress(RayError, RayServeException, CancelledError):  # it may have ended so
+                response.cancel()
 
     async def post(self, url: str, body: Any, timeout_s: float) -> Answer:
         """Whether the replica under way, or before it is known any, has been heard of lately."""
-        names = {self.tried[-1]} if self._known else {w.name for w in self.serving(self._model)}
-        beats = [w.last_beat for w in self.serving(self._model) if w.name in names]
-        if max(beats, default=0.0) < time.monotonic() - ALIVE_S:
-            raise NetworkError("nothing was heard of it for 10 s")
-        return Answer(200, {}, b"")
+        asked = self.tried[-1:] if self._known else [w.name for w in self.serving(self._model)]
+        beats = [w.last_beat for w in self.serving(self._model) if w.name in asked]
+        if max(beats, default=0.0) > time.monotonic() - ALIVE_S:
+            return Answer(200, {}, b"")
+        self._in_vain = not self._known
+        raise NetworkError(f"nothing was heard of it for {ALIVE_S:g} s")
 
 
 class _Answering:

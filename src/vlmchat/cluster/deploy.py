@@ -15,8 +15,9 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.experimental import internal_kv
+from ray.serve import context as serve_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
@@ -32,6 +33,7 @@ from vlmchat.errors import (
     Unavailable,
     VlmchatError,
 )
+from vlmchat.server.serve import bind
 
 _ROUTER = "vlmchat.cluster.router.PrefixRouter"
 _PLAN_KEY = b"vlmchat:plan"
@@ -39,6 +41,7 @@ _HEAD = "node:__internal_head__"  # what every head has one of
 _FRONT_REQUESTS = 10_000  # that a front carries at a time
 _HEALTH_TIMEOUT_S = 30.0  # of a look at a replica: a token is generated
 _LOAD_ATTEMPTS = 2  # Ray's default of 20 loads hides for long what is wrong
+_ATTEMPTS = 4  # Ray replaces an HTTP server that is slow to start, and tells us of its death
 _LOOK_S = 0.5
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
 
@@ -47,8 +50,10 @@ def connect(address: str | None, *, start: bool = False) -> bool:
     """Join a Ray cluster: at the address, else RAY_ADDRESS's, else the one on this machine.
 
     start: begin one in this process where there is none. Returns whether that was done. Raises
-    NetworkError.
+    NetworkError, ConfigError.
     """
+    if address is not None and "://" in address:
+        raise ConfigError(f"--address {address}: give the head's host and port, such as host:6379")
     quiet: dict[str, Any] = {"namespace": "vlmchat", "log_to_driver": False}
     quiet["logging_level"] = logging.ERROR
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -112,16 +117,38 @@ def deploy(plan: ClusterPlan) -> str:
     names = [model.deployment for model in plan.models]
     if len(set(names)) < len(names):
         raise ConfigError("two models have the same name; give each a --model-name of its own")
-    with _translated():
-        serve.start(
-            proxy_location="EveryNode" if plan.every_node else "HeadOnly",
-            http_options={"host": plan.host, "port": plan.port},
-        )
-        internal_kv._internal_kv_put(_PLAN_KEY, pickle.dumps(plan), True)
-        quiet = LoggingConfig(enable_access_log=False)  # each replica's beats would be in it
-        target = serve.RunTarget(_application(plan), APPLICATION, "/", quiet)
-        serve.run_many([target], wait_for_applications_running=False)
+    for attempt in range(_ATTEMPTS):
+        with _translated(), suppress(*([ActorDiedError] if attempt + 1 < _ATTEMPTS else [])):
+            _deploy(plan)
+            break
     return _url(plan)
+
+
+def _deploy(plan: ClusterPlan) -> None:
+    """Raises ConfigError for an address that cannot be had."""
+    if serve_context._get_global_client(raise_if_no_controller_running=False) is None:
+        _check_free(plan)
+    serve.start(
+        proxy_location="EveryNode" if plan.every_node else "HeadOnly",
+        http_options={"host": plan.host, "port": plan.port},
+    )
+    has = serve_context._get_global_client().http_config
+    if (has.host, has.port) != (plan.host, plan.port):
+        raise ConfigError(
+            f"Ray Serve of this cluster listens on {has.host} port {has.port} already, for all its "
+            "applications; give --host and --port so, or take them down first"
+        )
+    internal_kv._internal_kv_put(_PLAN_KEY, pickle.dumps(plan), True)
+    quiet = LoggingConfig(enable_access_log=False)  # each replica's beats would be in it
+    target = serve.RunTarget(_application(plan), APPLICATION, "/", quiet)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _check_free(plan: ClusterPlan) -> None:
+    """Whether the port is to be had, where that can be seen: on the head."""
+    here = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == here and _HEAD in node["Resources"] for node in ray.nodes()):
+        bind(plan.host, plan.port).close()
 
 
 def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
@@ -213,7 +240,12 @@ def _application(plan: ClusterPlan) -> Any:
         num_replicas=plan.num_fronts,
         ray_actor_options={"num_cpus": 0, **at_head},
         max_ongoing_requests=_FRONT_REQUESTS,
-        user_config={"models": {model.name: model.deployment for model in plan.models}},
+        user_config={
+            "models": {
+                model.name: {"deployment": model.deployment, "resumes": model.resumes}
+                for model in plan.models
+            }
+        },
         graceful_shutdown_timeout_s=max(m.policy.drain_s for m in plan.models),
     )
     front = front.options(version=f"{__version__} {plan.version}", _internal=True)

@@ -51,12 +51,15 @@ class Front(Controller):
         super().__init__(registry, Outgoing(AllowList()), limits, dispatch_method="ray")
         self._relay_limits = limits
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._resumes: dict[str, bool] = {}
 
-    def deploy(self, models: dict[str, str]) -> None:
-        """models: name -> deployment, of all that there are now."""
+    def deploy(self, models: dict[str, Item]) -> None:
+        """models: name -> its `deployment`, and whether it `resumes`, of all that there are now."""
+        self._resumes = {name: bool(model["resumes"]) for name, model in models.items()}
         self._handles = {
-            name: self._handles.get(name) or serve.get_deployment_handle(deployment, APPLICATION)
-            for name, deployment in models.items()
+            name: self._handles.get(name)
+            or serve.get_deployment_handle(model["deployment"], APPLICATION)
+            for name, model in models.items()
         }
 
     def beat(self, name: str, told: Item) -> None:
@@ -107,7 +110,7 @@ class Front(Controller):
         if handle is None:
             known = ", ".join(self._handles) or "none"
             raise ModelNotFound(f"no replica serves {model[:200]}; served are: {known}")
-        return Attempts(self.registry, handle, model)
+        return Attempts(self.registry, handle, model, resumes=self._resumes[model])
 
     async def _own_address(self, request: Request) -> Response:
         """Where clients may go by themselves is here."""

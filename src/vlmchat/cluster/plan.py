@@ -63,9 +63,9 @@ class ModelPlan:
 class ClusterPlan:
     """All of it: one application on one address.
 
-    every_node: an HTTP server on each node with replicas, and fronts anywhere, not on the head only.
-    max_waiting: requests for a model that wait at a front for a replica's turn. version: other fronts are needed
-    once it has changed.
+    every_node: an HTTP server on each node with replicas, and fronts anywhere, not on the head
+    only. max_waiting: requests for a model that wait at a front for a replica's turn. version:
+    other fronts are needed once it has changed.
     """
 
     models: tuple[ModelPlan, ...]

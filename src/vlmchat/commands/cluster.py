@@ -32,7 +32,7 @@ import typer
 
 from vlmchat.commands.exit import reporting
 from vlmchat.commands.options import (
-    AccessOptions,
+    ClientOptions,
     EngineOptions,
     FileOptions,
     GroupedCommand,
@@ -273,7 +273,7 @@ def up(
     model: ModelOptions,
     engine: EngineOptions,
     limits: LimitOptions,
-    access: AccessOptions,
+    access: ClientOptions,
     images: ImageOptions,
     files: FileOptions,
 ) -> None:
@@ -399,7 +399,7 @@ def _upstream(url: str, key: str | None, name: str | None) -> tuple[str, partial
 
 
 def _plan(
-    models: list[ModelPlan], cluster: ClusterOptions, limits: LimitOptions, access: AccessOptions
+    models: list[ModelPlan], cluster: ClusterOptions, limits: LimitOptions, access: ClientOptions
 ) -> ClusterPlan:
     from ipaddress import ip_address
 

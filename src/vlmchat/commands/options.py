@@ -490,8 +490,8 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class AccessOptions:
-    """Who may come in to a server."""
+class ClientOptions:
+    """Which clients may come in to a server."""
 
     panel: ClassVar = "Access"
     host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = (
@@ -509,14 +509,6 @@ class AccessOptions:
         Path | None,
         typer.Option("--api-key-file", metavar="FILE", help="More keys, one per line."),
     ] = None
-    registration_key: Annotated[
-        str | None,
-        typer.Option(
-            "--registration-key",
-            metavar="KEY",
-            help="The key by which workers and their controller know each other.",
-        ),
-    ] = None
 
     def keys(self) -> tuple[str, ...]:
         """All keys for clients. Raises ConfigError when a key is empty or the file unreadable."""
@@ -531,9 +523,29 @@ class AccessOptions:
             keys = (*self.api_keys, *(line.strip() for line in lines if line.strip()))
             if not keys:
                 raise ConfigError(f"--api-key-file {self.api_key_file} holds no key")
-        if not all(key.strip() for key in (*keys, self.registration_key or "x")):
-            raise ConfigError("--api-key or --registration-key is empty; give a key")
+        if not all(key.strip() for key in keys):
+            raise ConfigError("--api-key is empty; give a key")
         return keys
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOptions(ClientOptions):
+    """Who may come in to a server: clients, and of workers and controllers each other."""
+
+    registration_key: Annotated[
+        str | None,
+        typer.Option(
+            "--registration-key",
+            metavar="KEY",
+            help="The key by which workers and their controller know each other.",
+        ),
+    ] = None
+
+    def keys(self) -> tuple[str, ...]:
+        """See `ClientOptions.keys`; the key of registration is checked too."""
+        if not (self.registration_key or "x").strip():
+            raise ConfigError("--registration-key is empty; give a key")
+        return ClientOptions.keys(self)
 
 
 @dataclass(frozen=True, slots=True)
