@@ -31,7 +31,7 @@ TORCH_ROOMS = (
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
     *("machine", "random_model", "spare", "capacity"),
     *("packed", "fused", "prequantized"),
-    *("kv_cache", "lean", "cuda_graphs", "static_runner"),
+    *("kv_cache", "lean", "cuda_graphs", "static_runner", "parallel"),
     "grammar",
 )
 

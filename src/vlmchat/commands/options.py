@@ -228,6 +228,15 @@ class ModelOptions:
             autocompletion=_complete_conv_mode,
         ),
     ] = None
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel",
+            metavar="COUNT",
+            min=1,
+            help="Devices of this machine that share the model, each with a process of its own.",
+        ),
+    ] = 1
     runner: Annotated[
         Literal["auto", "static", "eager"],
         typer.Option("--runner", hidden=True, help="Which of the engine's runners."),
@@ -250,6 +259,7 @@ class ModelOptions:
             context_length=self.context_length,
             conv_mode=self.conv_mode,
             runner=self.runner,
+            tensor_parallel=self.tensor_parallel,
         )
 
 

@@ -130,6 +130,8 @@ class Engine:
         Raises ConfigError, ModelNotFound, NetworkError, UnsupportedModel, CheckpointError and
         OutOfMemory (before any weight is read).
         """
+        if config.tensor_parallel > 1:
+            return cls._shared(config, progress, limits)
         from vlmchat.engine.spare import spare_imports
 
         spare_imports()
@@ -137,6 +139,18 @@ class Engine:
 
         loaded = load_model(config, progress, limits.answer_tokens)
         return cls.over(loaded, config, limits, progress)
+
+    @classmethod
+    def _shared(
+        cls, config: ModelConfig, progress: Callable[[str], None], limits: EngineConfig
+    ) -> Engine:
+        """As `load`, over several processes."""
+        from vlmchat.engine.parallel import Team, load_whole
+
+        team = Team(config)
+        loaded = load_whole(config, progress, limits.answer_tokens)
+        team.join(loaded)
+        return cls.over(replace(loaded, team=team), config, limits, progress)
 
     @classmethod
     def over(
