@@ -17,7 +17,7 @@ from vlmchat.server.worker import WorkerPolicy
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-NODE = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",

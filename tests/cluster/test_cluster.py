@@ -193,7 +193,7 @@ def test_replica_stops_when_its_client_has_left(running: Running) -> None:
 
 def test_answers_are_whole_when_a_node_is_removed(running: Running) -> None:
     node = running.ray.add_node(**NODE)
-    running.deploy(model(scale=Scale(4, 4), num_cpus=2.0))
+    running.deploy(model(scale=Scale(4, 4)))  # three fit on the head
     assert len({replica["node_id"] for replica in replicas()}) == 2
     reached = threading.Barrier(7)
     questions = [f"{number} {LONG}" for number in range(6)]

@@ -302,7 +302,7 @@ def _url(plan: ClusterPlan) -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (RayError, RayServeException, RuntimeError, ConnectionError) as error:
+    except (RayError, RayServeException, RuntimeError, ConnectionError, TimeoutError) as error:
         raise NetworkError(f"Ray: {_line(error)}") from error
 
 

@@ -122,8 +122,8 @@ class ReplicaOptions:
             "--gpus-per-replica",
             metavar="COUNT",
             min=0,
-            help="A part of one is shared; unset: one if the cluster has any and --device is not "
-            "cpu.",
+            help="A part of one is shared; unset: --tensor-parallel, if the cluster has any and "
+            "--device is not cpu.",
         ),
     ] = None
     cpus: Annotated[
@@ -261,7 +261,7 @@ class _Entry:
             version=_digest(name, what, repr(policy)),
             scale=own.scale(limits.concurrency),
             num_cpus=own.cpus,
-            num_gpus=float(on_gpu) if own.gpus is None else own.gpus,
+            num_gpus=float(on_gpu * self.model.tensor_parallel) if own.gpus is None else own.gpus,
             resumes=own.upstream is None,
         )
 
