@@ -96,10 +96,14 @@ def leave(*, take_down: bool = False) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How the application stands. state: Ray's word. models: deployment -> replicas by state."""
+    """How the application stands. state, message: Ray's words. replicas: deployment -> by state.
+
+    listens: whether an HTTP server of Ray's is up.
+    """
 
     state: str
     message: str
+    listens: bool
     replicas: dict[str, dict[str, int]]
     wanted: tuple[ModelPlan, ...]
     url: str
@@ -163,9 +167,11 @@ def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
         there = {model.name: now.running(model) for model in now.wanted}
         if now.state == FAILED:
             raise ModelError(f"could not be deployed: {_cause(now.message)}")
-        if now.state == RUNNING and all(there[name] >= least[name] for name in least):
+        ready = now.state == RUNNING and all(there[name] >= least[name] for name in least)
+        if ready and now.listens:
             return now
         line = ", ".join(f"{name} {there[name]} of {least[name]}" for name in least)
+        line += "; HTTP is not up yet" if ready else ""
         if line != told:
             tell(f"replicas: {line}")
             told = line
@@ -177,7 +183,8 @@ def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
 def standing() -> Standing:
     """How it stands. Raises NoWorker where nothing is deployed."""
     with _translated():
-        found = serve.status().applications.get(APPLICATION)
+        status = serve.status()
+        found = status.applications.get(APPLICATION)
         stored = internal_kv._internal_kv_get(_PLAN_KEY)
     if found is None or stored is None:
         raise NoWorker("nothing of vlmchat runs on this Ray cluster; start it: vlmchat cluster up")
@@ -187,6 +194,7 @@ def standing() -> Standing:
     return Standing(
         str(getattr(found.status, "value", found.status)),
         next((message for message in messages if message), ""),
+        any(getattr(proxy, "value", proxy) == "HEALTHY" for proxy in status.proxies.values()),
         {name: {str(k): v for k, v in states.items()} for name, states in replicas.items()},
         plan.models,
         _url(plan),

@@ -67,7 +67,7 @@ class Replica:
             async for part in parts:
                 if part != PING:
                     self._last_word = time.monotonic()
-                yield tuple(part) if isinstance(part, Head) else part
+                yield (part.status, part.headers) if isinstance(part, Head) else part
 
     async def metrics(self) -> tuple[str, bytes]:
         """Its name, and its page for Prometheus."""
