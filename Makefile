@@ -26,6 +26,7 @@ chaos: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tools.docs
+	$(BIN)/python -m tools.sizing
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

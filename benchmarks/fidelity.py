@@ -27,15 +27,17 @@ QUESTIONS = (
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 NUM_PICTURES = 6
 NEW_TOKENS = 32
-# name -> (dtype, quantisation); but for the last, what is not quantised stays exact, so that its
-# cost stands alone.
+# name -> (dtype, quantisation, whether by the fast runner). But for the last ones, what is not
+# quantised stays exact, so that its cost stands alone.
 PRECISIONS = {
-    "bfloat16": ("bfloat16", None),
-    "int8": ("float32", "int8"),
-    "bnb-int8": ("float32", "bnb-int8"),
-    "int4": ("float32", "int4"),
-    "bnb-nf4": ("float32", "bnb-nf4"),
-    "int4, bfloat16": ("bfloat16", "int4"),
+    "bfloat16": ("bfloat16", None, False),
+    "int8": ("float32", "int8", False),
+    "bnb-int8": ("float32", "bnb-int8", False),
+    "int4": ("float32", "int4", False),
+    "bnb-nf4": ("float32", "bnb-nf4", False),
+    "bfloat16, as it is run": ("bfloat16", None, True),
+    "int8, as it is run": ("bfloat16", "int8", True),
+    "int4, as it is run": ("bfloat16", "int4", True),
 }
 
 
@@ -62,16 +64,22 @@ def pictures() -> Iterator[Image]:
 class Scored:
     """One model in one precision, asked for distributions instead of answers."""
 
-    def __init__(self, model: str, dtype: str, quantization: str | None = None) -> None:
+    def __init__(
+        self, model: str, dtype: str, quantization: str | None = None, fast: bool = False
+    ) -> None:
+        """fast: by the runner that is used, native steps and the head in 8 bits included."""
         from vlmchat.engine.loader import load_model
         from vlmchat.engine.processor import Processor
-        from vlmchat.engine.runner import EagerRunner
+        from vlmchat.engine.runner import EagerRunner, Runner
+        from vlmchat.engine.static_runner import StaticRunner
         from vlmchat.engine.vision import VisionCache
 
         config = ModelConfig(model, device="cpu", dtype=dtype, quantization=quantization)
         loaded = load_model(config, lambda stage: None)
         vision = VisionCache(loaded.model)
-        self.runner = EagerRunner(loaded.model, loaded.spec, vision, num_slots=1)
+        kind: Any = StaticRunner if fast else EagerRunner
+        context = (loaded.spec.context_length,) if fast else ()
+        self.runner: Runner = kind(loaded.model, loaded.spec, vision, 1, *context)
         self.processor = Processor(loaded.processor, loaded.spec, loaded.template)
         self.eos = loaded.spec.eos_token_ids
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import subprocess
 import sys
 import time
@@ -106,9 +107,9 @@ class Sitting:
         self.absent: dict[str, str] = dict.fromkeys(without, "left out by --without")
         self._sides: dict[str, Side] = {}
         self._makers: Mapping[str, Callable[[], Side]] = {
-            OURS: lambda: sides.Ours(self.model),
-            OURS_4BIT: lambda: sides.Ours(self.model, "4bit"),
-            OURS_8BIT: lambda: sides.Ours(self.model, "8bit"),
+            OURS: lambda: sides.ours(cache, self.model),
+            OURS_4BIT: lambda: sides.ours(cache, self.model, "4bit"),
+            OURS_8BIT: lambda: sides.ours(cache, self.model, "8bit"),
             SERVE: lambda: sides.transformers_serve(cache, self.model),
             GENERATE: lambda: sides.Generate.load(self.model),
             VLLM: lambda: sides.vllm(cache, self.model),
@@ -205,9 +206,15 @@ def shared(sitting: Sitting, runs: int) -> Table:
 
 def _counts(side: Side) -> tuple[int, int, int] | None:
     """Pictures encoded, tokens of prompts and those of them that were cached, so far."""
-    load = side.engine.status().load if isinstance(side, sides.Ours) else None
-    encoded = load.images - load.images_cached if load else 0
-    return (encoded, load.prompt_tokens, load.cached_tokens) if load else None
+    if not isinstance(side, sides.Server) or sides.MODULE not in side.command:
+        return None
+    page = side.get("/metrics")[1]
+    found = {
+        name: int(float(n))
+        for name, n in re.findall(r"^vlmchat_(\w+)_total\{.* (\S+)$", page, re.M)
+    }
+    encoded = found["mm_cache_queries"] - found["mm_cache_hits"]
+    return encoded, found["prefix_cache_queries"], found["prefix_cache_hits"]
 
 
 SCRIPT = """

@@ -1,8 +1,8 @@
-"""Those who are compared: our engine, transformers' `generate`, and servers in their own processes.
+"""Those who are compared: `vlmchat worker` and other servers, and transformers' `generate`.
 
-Used by `peers`. Each answers a conversation and says when the first token was there. Peers are
-installed from the package index, each into an environment of its own under a cache folder; one
-that cannot be is left out, and why is told.
+Used by `peers`. A server has a process of its own. Each answers a conversation and says when the
+first token was there. Peers are installed from the package index, each into an environment of its
+own under a cache folder; one that cannot be is left out, and why is told.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlmchat.config import EngineConfig, ModelConfig, sampling_params
 from vlmchat.conversation import Conversation
 
+MODULE = "vlmchat"
 START_S = 300.0  # to load a model, at most
 # A peer's environment: name -> what pip installs. Only wheels: nothing is compiled.
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
@@ -75,31 +75,6 @@ class Side(Protocol):
 
     def close(self) -> None:
         """End it."""
-
-
-class Ours:
-    """The engine in this process."""
-
-    def __init__(self, model: Path, quantization: str | None = None) -> None:
-        from vlmchat.engine.engine import Engine
-
-        config = ModelConfig(str(model), device="cpu", quantization=quantization)
-        self.engine = Engine.load(config, limits=EngineConfig(max_num_seqs=10))
-
-    def ask(self, conversation: Conversation, new_tokens: int) -> Timed:
-        """See `Side`."""
-        from vlmchat import bench
-
-        params = replace(
-            sampling_params(temperature=1.0, max_new_tokens=new_tokens), ignore_eos=True
-        )
-        answer = bench.ask(self.engine, conversation, params)
-        tokens = answer.usage.completion_tokens
-        return Timed(answer.text.strip(), answer.first_s, answer.total_s, tokens)
-
-    def close(self) -> None:
-        """See `Side`."""
-        self.engine.close()
 
 
 class Generate:
@@ -184,6 +159,24 @@ class Server:
             time.sleep(0.5)
         self.close()
         raise RuntimeError(" ".join(self.log.read_text("utf-8", "replace").split()[-40:]))
+
+    def wait_for(self, path: str) -> None:
+        """Until what is there answers with 200. Raises RuntimeError."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self.get(path)[0] == 200:
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{path} was not there after {START_S:.0f} s")
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of what is at that path."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        found = response.status, response.read().decode()
+        connection.close()
+        return found
 
     def ask(self, conversation: Conversation, new_tokens: int) -> Timed:
         """See `Side`."""
@@ -272,6 +265,19 @@ def environment(cache: Path, name: str) -> Path:
         (library / "cpu_torchvision.pth").write_text("import cpu_torchvision\n", encoding="utf-8")
     ready.touch()
     return programs
+
+
+def ours(cache: Path, model: Path, quantization: str | None = None) -> Server:
+    """Our worker in its own process."""
+    command = [sys.executable, "-m", MODULE, "worker", "--model-path", str(model)]
+    command += ["--device", "cpu", "--no-register", "--limit-model-concurrency", "10"]
+    command += ["--max-num-seqs", "10"]
+    command += [f"--load-{quantization}"] if quantization else []
+    log = cache / f"vlmchat-{quantization}.log"
+    server = Server(command, model.name, log, {}, {"ignore_eos": True})
+    server.start()
+    server.wait_for("/ready")
+    return server
 
 
 def transformers_serve(cache: Path, model: Path) -> Side:

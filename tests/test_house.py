@@ -25,13 +25,22 @@ ROOMS = [
     for row in re.findall(r"^\| (`.+?) \|", ARCHITECTURE, re.M)
     for room in re.findall(r"`(\S+)`", row)
 ]
-VALUES = ("errors", "conversation", "request", "config")
+VALUES = ("errors", "conversation", "request", "queued_stream", "config")
 TORCH_ROOMS = (
     *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
     *("machine", "random_model", "spare", "capacity"),
     *("packed", "fused", "prequantized"),
-    *("kv_cache", "lean", "cuda_graphs", "static_runner", "parallel"),
+    *(
+        "kv_cache",
+        "operators",
+        "lean",
+        "native_operators",
+        "native_step",
+        "cuda_graphs",
+        "static_runner",
+        "parallel",
+    ),
     "grammar",
 )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
 import re
 import threading
 import time
@@ -34,6 +33,7 @@ from vlmchat.errors import (
     VlmchatError,
 )
 from vlmchat.openai_wire import Body, write_body, write_messages
+from vlmchat.queued_stream import Outlet, QueuedStream
 from vlmchat.request import (
     Delta,
     DrawnToken,
@@ -64,36 +64,6 @@ _LIMIT = re.compile(
 _ASKED = re.compile(r"(?:requested|resulted in|request has|needs|contains)\D{0,20}?(\d+)", re.I)
 
 T = TypeVar("T")
-
-
-class ClientStream:
-    """One answer on its way from a server. Once nobody holds it any more, it is cancelled."""
-
-    def __init__(
-        self, items: queue.SimpleQueue[Delta | BaseException], future: Future[None]
-    ) -> None:
-        self._items, self._future = items, future
-        self._over = False
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self
-
-    def __next__(self) -> Delta:
-        if self._over:
-            raise StopIteration
-        item = self._items.get()
-        if isinstance(item, BaseException):
-            self._over = True
-            raise item
-        self._over = item.finish_reason is not None
-        return item
-
-    def __del__(self) -> None:
-        self.cancel()
-
-    def cancel(self) -> None:
-        """See `Stream.cancel`. The connection is closed."""
-        self._future.cancel()
 
 
 class Client:
@@ -131,20 +101,20 @@ class Client:
             self.close()
             raise
 
-    def stream(self, conversation: Conversation, params: SamplingParams) -> ClientStream:
+    def stream(self, conversation: Conversation, params: SamplingParams) -> QueuedStream:
         """See `Backend.stream`; PromptTooLong, as all else, comes from the iteration."""
         body = write_body(conversation, params, self._status.model)
-        items: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
-        future = self._submit(self._answer(body, items.put))
+        outlet = Outlet()
+        future = self._submit(self._answer(body, outlet.put))
 
         def ended(future: Future[None]) -> None:
             if future.cancelled():
-                items.put(self._gone() if self._closed else Delta("", FinishReason.CANCELLED))
+                outlet.put(self._gone() if self._closed else Delta("", FinishReason.CANCELLED))
             elif (error := future.exception()) is not None:
-                items.put(error)
+                outlet.put(error)
 
         future.add_done_callback(ended)
-        return ClientStream(items, future)
+        return QueuedStream(outlet, future.cancel)  # closes the connection
 
     def count(self, conversation: Conversation) -> PromptSize | None:
         """See `Backend.count`: exact where the server has our endpoint for it, else None."""

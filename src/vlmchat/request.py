@@ -7,10 +7,10 @@ Plain values and protocols: no torch, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from vlmchat.conversation import Conversation
 
@@ -166,6 +166,17 @@ class Stream(Protocol):
 
     def cancel(self) -> None:
         """Stop soon; iteration then ends with FinishReason.CANCELLED. No-op when over."""
+
+
+@runtime_checkable
+class PushedStream(Stream, Protocol):
+    """A stream that need not be waited for by a thread."""
+
+    def deliver(self, to: Callable[[Delta | BaseException], object]) -> None:
+        """Call `to`, instead of iteration, with each Delta or what iteration would raise.
+
+        From the backend's thread, which must not be kept waiting.
+        """
 
 
 class Backend(Protocol):

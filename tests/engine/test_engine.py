@@ -384,7 +384,11 @@ def test_engine_cancels_between_the_parts_of_a_prompt(engine: Engine) -> None:
 def test_engine_copies_what_another_slot_has_of_a_picture(engine: Engine) -> None:
     pictures = (noise_image(1),)
     asked = [Conversation("be brief " * 5).ask(text, pictures) for text in ("what", "why")]
-    for stream in [engine.stream(conversation, GREEDY) for conversation in asked]:
+    both = threading.Event()
+    runner_of(engine).before_step = lambda kind: both.wait(10)
+    streams = [engine.stream(conversation, GREEDY) for conversation in asked]
+    both.set()
+    for stream in streams:
         list(stream)
     [(source, target, length)] = runner_of(engine).copies
     assert (source, target) == (0, 1)

@@ -11,7 +11,8 @@ import transformers as hf
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlmchat.engine.kv_cache import KVCache, KVShape, QuantizedKVCache
-from vlmchat.engine.lean import LeanModel, Span, attend, rotate_
+from vlmchat.engine.lean import LeanModel, Span, attend
+from vlmchat.engine.operators import Operators
 
 CONTEXT = 96
 HIDDEN = 48
@@ -69,7 +70,7 @@ class Lean:
     def __init__(self, model: Any) -> None:
         self.model = LeanModel(model, CONTEXT)
         self.cache = KVCache(self.model.shape, 2, CONTEXT, torch.float32, torch.device("cpu"))
-        self.cache._data.fill_(torch.nan)
+        self.cache.data.fill_(torch.nan)
 
     def run(self, x: torch.Tensor, start: int, slot: int = 1) -> torch.Tensor:
         """[T, hidden] at positions start… -> [T, hidden] after the final norm."""
@@ -101,7 +102,7 @@ def test_lean_joins_weights_without_a_second_copy_and_leaves_the_model_whole() -
     x = torch.randn(1, 9, HIDDEN)
     before = model(inputs_embeds=x).last_hidden_state
     lean = LeanModel(model, CONTEXT)
-    attention, qkv = model.layers[0].self_attn, lean._layers[0].qkv
+    attention, qkv = model.layers[0].self_attn, lean.layers[0].qkv
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         storage = linear.weight.untyped_storage().data_ptr()
         assert storage == qkv.weight.untyped_storage().data_ptr()  # type: ignore[attr-defined]
@@ -114,7 +115,7 @@ def test_rotate_equals_transformers() -> None:
     cos, sin = angles.cos(), angles.sin()
     expected, _ = apply_rotary_pos_emb(x[None], x[None], cos[None], sin[None], unsqueeze_dim=2)
     signed = torch.cat([-sin[:, :8], sin[:, 8:]], dim=1)
-    rotate_(x, cos[:, None], signed[:, None])
+    Operators(0, torch.nn.SiLU(), x.dtype, x.device).rotate_(x, cos[:, None], signed[:, None])
     torch.testing.assert_close(x, expected[0])
 
 
@@ -156,8 +157,8 @@ def test_quantized_cache_gives_back_each_head_within_half_a_step(dtype: torch.dt
 
 def test_cache_copies_a_prefix_and_nothing_else() -> None:
     cache = KVCache(KVShape(2, 1, 4), 3, 10, torch.float32, torch.device("cpu"))
-    cache._data.copy_(torch.arange(cache._data.numel()).view_as(cache._data))
-    expected = cache._data.clone()
+    cache.data.copy_(torch.arange(cache.data.numel()).view_as(cache.data))
+    expected = cache.data.clone()
     expected[:, 2, :, :6] = expected[:, 0, :, :6]
     cache.copy_prefix(0, 2, 6)
-    assert torch.equal(cache._data, expected)
+    assert torch.equal(cache.data, expected)

@@ -6,9 +6,9 @@ schedules, runs and samples. Imports torch only inside `Engine.load`.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,8 @@ from vlmchat.engine.scheduler import Chunk, Scheduler, Step
 from vlmchat.engine.sequence import ImageSpan, Row, Sequence
 from vlmchat.engine.speculation import PromptLookup, RowCost
 from vlmchat.errors import EngineDead, OutOfMemory, PromptTooLong, UnsupportedModel, VlmchatError
-from vlmchat.request import Delta, FinishReason, PromptSize, SamplingParams, Status
+from vlmchat.queued_stream import Outlet, QueuedStream
+from vlmchat.request import FinishReason, PromptSize, SamplingParams, Status
 
 if TYPE_CHECKING:
     import torch
@@ -48,34 +49,12 @@ _NOT_A_NUMBER = (
 TOKENS_BEFORE = 8  # of an answer's given beginning: enough to tell how the next one is written
 
 
-class EngineStream:
-    """One answer on its way out of the engine. Once nobody holds it any more, it is cancelled."""
+class EngineStream(QueuedStream):
+    """One answer on its way out of the engine."""
 
-    def __init__(self, sequence: Sequence, items: queue.SimpleQueue[Delta | Exception]) -> None:
+    def __init__(self, sequence: Sequence, outlet: Outlet) -> None:
+        super().__init__(outlet, sequence.cancel)
         self.sequence = sequence
-        self._items = items
-        self._over = False
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self
-
-    def __next__(self) -> Delta:
-        if self._over:
-            raise StopIteration
-        item = self._items.get()
-        if isinstance(item, Exception):
-            self._over = True
-            raise item
-        self._over = item.finish_reason is not None
-        return item
-
-    def __del__(self) -> None:
-        # Ctrl-C can land between any two lines of whoever asked, also before their `with`.
-        self.cancel()
-
-    def cancel(self) -> None:
-        """See `Stream.cancel`."""
-        self.sequence.cancelled = True
 
 
 class Engine:
@@ -138,7 +117,9 @@ class Engine:
         from vlmchat.engine.loader import load_model
 
         loaded = load_model(config, progress, limits.answer_tokens)
-        return cls.over(loaded, config, limits, progress)
+        engine = cls.over(loaded, config, limits, progress)
+        gc.freeze()  # all this stays; looking through it again takes as long as some tokens
+        return engine
 
     @classmethod
     def _shared(
@@ -199,11 +180,11 @@ class Engine:
         stop = params.stop + self._processor.stop
         begun = prompt.ids[-TOKENS_BEFORE:] if conversation.begun else ()
         detokenizer = Detokenizer(self._processor.tokenizer, stop, begun)
-        # The sequence knows the queue, not the stream: only the caller holds that.
-        items: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
-        sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, items.put)
+        # The sequence knows the outlet, not the stream: only the caller holds that.
+        outlet = Outlet()
+        sequence = Sequence(prompt, params, detokenizer, self._eos_token_ids, outlet.put)
         sequence.sampler_state = self._sampler.start(params, prompt.ids)
-        stream = EngineStream(sequence, items)
+        stream = EngineStream(sequence, outlet)
         with self._wake:
             if self._dead is not None:
                 raise self._dead

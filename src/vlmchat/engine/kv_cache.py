@@ -63,11 +63,11 @@ class KVCache:
         device: torch.device,
     ) -> None:
         size = (2 * shape.num_layers, num_slots, shape.num_heads, context_length, shape.head_dim)
-        self._data = torch.empty(size, dtype=dtype, device=device)
+        self.data = torch.empty(size, dtype=dtype, device=device)
 
     def window(self, slot: int, start: int, stop: int) -> Window:
         """Where positions start..stop-1 of the slot go."""
-        return _PlainWindow(self._data[:, slot], start, stop)
+        return _PlainWindow(self.data[:, slot], start, stop)
 
     def table(
         self, slots: torch.Tensor, positions: torch.Tensor, first: int | None, length: int
@@ -77,15 +77,15 @@ class KVCache:
         first: the slots are `first` and those behind it, in order; nothing is copied then to read
         them.  None: any slots, in any order.
         """
-        return _PlainTable(self._data, slots, positions, first, length)
+        return _PlainTable(self.data, slots, positions, first, length)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """Zeros in positions start..stop-1 of the slot."""
-        self._data[:, slot, :, start:stop] = 0
+        self.data[:, slot, :, start:stop] = 0
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of slot `source` into slot `target`."""
-        self._data[:, target, :, :length] = self._data[:, source, :, :length]
+        self.data[:, target, :, :length] = self.data[:, source, :, :length]
 
 
 class QuantizedKVCache(KVCache):
@@ -101,17 +101,17 @@ class QuantizedKVCache(KVCache):
     ) -> None:
         """dtype: the model's, in which keys and values come and go."""
         super().__init__(shape, num_slots, context_length, torch.int8, device)
-        self._scales = torch.empty((*self._data.shape[:-1], 1), dtype=dtype, device=device)
+        self._scales = torch.empty((*self.data.shape[:-1], 1), dtype=dtype, device=device)
 
     def window(self, slot: int, start: int, stop: int) -> Window:
         """See `KVCache.window`."""
-        return _QuantizedWindow(self._data[:, slot], self._scales[:, slot], start, stop)
+        return _QuantizedWindow(self.data[:, slot], self._scales[:, slot], start, stop)
 
     def table(
         self, slots: torch.Tensor, positions: torch.Tensor, first: int | None, length: int
     ) -> Table:
         """See `KVCache.table`; what is read is copied in any case."""
-        return _QuantizedTable(self._data, self._scales, slots, positions, first, length)
+        return _QuantizedTable(self.data, self._scales, slots, positions, first, length)
 
     def clear(self, slot: int, start: int, stop: int) -> None:
         """See `KVCache.clear`."""

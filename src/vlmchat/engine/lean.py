@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vlmchat.engine.fused import fuse
 from vlmchat.engine.kv_cache import KVShape, Table, Window
+from vlmchat.engine.operators import Operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """Weights and products of one layer. `head_norm`: of queries and keys, one row a head."""
 
     attention_norm: torch.Tensor
@@ -74,18 +75,22 @@ class LeanModel:
     Takes the place of the model's own layers: their weights become views of the joint ones.
     """
 
-    def __init__(self, model: Any, context_length: int) -> None:
-        """model: transformers' LlamaModel or one like it (see `static_runner.unsupported`)."""
+    def __init__(self, model: Any, context_length: int, operators: Operators | None = None) -> None:
+        """model: transformers' LlamaModel or one like it (see `static_runner.unsupported`).
+
+        operators: between products; None: torch's.
+        """
         config, attention = model.config, model.layers[0].self_attn
-        self._num_heads = config.num_attention_heads
-        self._eps = config.rms_norm_eps
+        self.num_heads = config.num_attention_heads
+        self.eps = config.rms_norm_eps
         self._dtype, device = model.embed_tokens.weight.dtype, model.embed_tokens.weight.device
-        self._eps_there = torch.tensor(self._eps, device=device)
-        self._scale = attention.scaling
-        self._activation = model.layers[0].mlp.act_fn
+        self.scale = attention.scaling
+        self.activation = model.layers[0].mlp.act_fn
         self.shape = KVShape(len(model.layers), config.num_key_value_heads, attention.head_dim)
-        self._layers = [self._read(layer) for layer in model.layers]
-        self._norm = model.norm.weight.float()
+        self.layers = [self._read(layer) for layer in model.layers]
+        self.norm = model.norm.weight.float()
+        plain = Operators(self.eps, self.activation, self._dtype, device)
+        self._operators = operators or plain
         self._rotary = model.rotary_emb
         positions = torch.arange(context_length, device=device)[None]
         self._cos, self._sin = _rotation(self._rotary, positions, model.embed_tokens.weight)
@@ -96,7 +101,7 @@ class LeanModel:
 
     def grid_rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for positions [3, T] of time, row and column (M-RoPE)."""
-        return _rotation(self._rotary, positions[:, None], self._norm.to(self._dtype))
+        return _rotation(self._rotary, positions[:, None], self.norm.to(self._dtype))
 
     def forward(
         self,
@@ -115,27 +120,27 @@ class LeanModel:
         to layer is kept in float32, which spares the norms a conversion.
         """
         x = x.float()
-        for index, layer in enumerate(self._layers):
-            heads = layer.qkv(self._normed(x, layer.attention_norm))
+        for index, layer in enumerate(self.layers):
+            heads = layer.qkv(self._operators.normed(x, layer.attention_norm))
             here = [each for each in added if index < len(each.features)]
-            ends = only_last and index == len(self._layers) - 1 and not here
+            ends = only_last and index == len(self.layers) - 1 and not here
             attended = self._attended(index, layer, heads, rotation, spans, ends)
             x = x[-1:] if ends else x
-            x += layer.output(attended)
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x += layer.down(self._activation(gate).mul_(up))
+            self._operators.add_(x, layer.output(attended))
+            inner = layer.gate_up(self._operators.normed(x, layer.mlp_norm))
+            self._operators.add_(x, layer.down(self._operators.activated(inner)))
             for each in here:
                 x.index_add_(0, each.rows, each.features[index].to(x))
         return x
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] float32 -> [T, hidden], ready for the head."""
-        return self._normed(x, self._norm)
+        return self._operators.normed(x, self.norm)
 
     def _attended(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         heads: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         spans: Sequence[Span] | Abreast,
@@ -145,43 +150,34 @@ class LeanModel:
 
         ends: the last row's alone.
         """
-        num_queries, num_kept, dim = self._num_heads, self.shape.num_heads, self.shape.head_dim
+        num_queries, num_kept, dim = self.num_heads, self.shape.num_heads, self.shape.head_dim
         heads = heads.view(-1, num_queries + 2 * num_kept, dim)
         rotated = heads[:, : num_queries + num_kept]
         if layer.head_norm is not None:
-            normed = F.rms_norm(rotated, (dim,), None, self._eps)
+            normed = F.rms_norm(rotated, (dim,), None, self.eps)
             torch.mul(normed, layer.head_norm, out=rotated)
-        rotate_(rotated, *rotation)
+        self._operators.rotate_(rotated, *rotation)
         queries = heads[-1 if ends else 0 :, :num_queries]
         new = heads[:, num_queries:].view(-1, 2, num_kept, dim).permute(1, 2, 0, 3)
         if isinstance(spans, Abreast):
             kept = spans.table.put(index, new)
-            return attend_abreast(queries, *kept, spans.mask, self._scale)
+            return attend_abreast(queries, *kept, spans.mask, self.scale)
         if len(spans) == 1:
-            return attend(queries, *spans[0].window.put(index, new), spans[0], self._scale)
+            return attend(queries, *spans[0].window.put(index, new), spans[0], self.scale)
         parts = []
         for span in spans:
             kept = span.window.put(index, new[:, :, span.first : span.last])
-            parts.append(attend(queries[span.first : span.last], *kept, span, self._scale))
+            parts.append(attend(queries[span.first : span.last], *kept, span, self.scale))
         return torch.cat(parts)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of [T, hidden] float32 by [hidden] float32, in the model's dtype.
-
-        F.rms_norm takes half as long again for one row, twice as long for a long prompt.
-        """
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [T, 1]
-        scale = torch.addcmul(self._eps_there, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight).to(self._dtype)
-
-    def _read(self, layer: Any) -> _Layer:
+    def _read(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
-            heads = (self._num_heads, self.shape.num_heads)
+            heads = (self.num_heads, self.shape.num_heads)
             norms = zip((attention.q_norm, attention.k_norm), heads, strict=True)
             head_norm = torch.cat([norm.weight.expand(count, -1) for norm, count in norms])
-        return _Layer(
+        return Layer(
             attention_norm=layer.input_layernorm.weight.float(),
             qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
             head_norm=head_norm,
@@ -234,15 +230,6 @@ def attend_abreast(
     mask = mask.expand(-1, num_kept, rows.shape[2], -1)
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(num_rows, num_heads * dim)
-
-
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary positions, in place: [T, heads, D] by [T, 1, D]; the sines' first half is negated.
-
-    Source: rotate_half of transformers' Llama, which negates the half of x instead.
-    """
-    other = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(cos).addcmul_(other, sin)
 
 
 def _rotation(

@@ -56,6 +56,11 @@ class Int4Linear(nn.Module):
         self._fill = num_inputs - self.in_features
         self._tile = _tile()
 
+    @property
+    def plain(self) -> bool:
+        """Inputs are as they come, in the order of AVX-512's kernel."""
+        return self.order is None and not self._fill and self._tile == TILE
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, self.in_features)
@@ -182,6 +187,11 @@ class PrepackedLinear(nn.Module):
         # Opaque: no buffer, which torch would try to copy and to save.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS)
         self.register_buffer("bias", bias)
+
+    @property
+    def address(self) -> int:
+        """Where the weights lie."""
+        return int(torch.ops.mkldnn.data_ptr(self._weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""

@@ -133,6 +133,10 @@ class Sequence:
         self._first_token: float | None = None
         self._resume(params.resume)
 
+    def cancel(self) -> None:
+        """From any thread: end it with the next step."""
+        self.cancelled = True
+
     @property
     def prefilled(self) -> bool:
         """All that precedes the first draw is computed."""

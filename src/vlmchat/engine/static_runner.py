@@ -7,7 +7,9 @@ Stands behind the protocol of `runner.py` for models whose language model is kno
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +19,11 @@ from vlmchat.engine.fused import fuse
 from vlmchat.engine.kv_cache import KVCache, QuantizedKVCache
 from vlmchat.engine.lean import Abreast, Added, LeanModel, Span
 from vlmchat.engine.memory import memory_errors
+from vlmchat.engine.native_library import NoNativeStep
+from vlmchat.engine.native_operators import NativeOperators
+from vlmchat.engine.native_step import NativeStep
+from vlmchat.engine.operators import Operators
+from vlmchat.engine.packed import Int4Linear, Int8Linear, can_prepack, int8_linear
 from vlmchat.engine.runner import Row, grid_positions
 from vlmchat.engine.sequence import Prompt
 from vlmchat.engine.spec import BothWays, ModelSpec
@@ -126,11 +133,12 @@ class StaticRunner:
         context_length: int,
         kv_dtype: torch.dtype | None = None,
         fixed: bool | None = None,
+        native: bool = True,
     ) -> None:
         """model: one for which `unsupported` has no reason; its layers' weights are joined.
 
         kv_dtype: int8 for keys and values in 8 bits; else the model's.  fixed: decode in fixed
-        shapes; None: on CUDA.
+        shapes; None: on CUDA.  native: steps of few rows in C, where that can be.
         """
         self._model, self._spec = model, spec
         self._vision = vision
@@ -140,8 +148,9 @@ class StaticRunner:
         # What a slot's next position is, less the number of its tokens (see `grid_positions`).
         self._position_deltas = [0] * num_slots
         with torch.no_grad(), memory_errors(_ADVICE):
-            self._head = fuse([model.get_output_embeddings()])
-            self._lean = LeanModel(model.get_decoder(), context_length)
+            self._head = _head(model)
+            decoder = model.get_decoder()
+            self._lean = LeanModel(decoder, context_length, _operators(decoder, native))
             cache = QuantizedKVCache if kv_dtype is torch.int8 else KVCache
             self._fixed = self._device.type == "cuda" if fixed is None else fixed
             self._context = context_length
@@ -152,6 +161,7 @@ class StaticRunner:
                 self._dtype,
                 self._device,
             )
+        self._native, self._why_not_native = _native(self._lean, self._head, self._cache, native)
         self._reached = [0] * num_slots  # positions that hold more than zeros, where fixed
         self._graphs = CudaGraphs(self._step, self._device)
         if self._fixed:
@@ -161,10 +171,11 @@ class StaticRunner:
 
     @property
     def how(self) -> str:
-        """How it decodes, in a few words, for people; "" where there is but one way."""
-        if self._device.type != "cuda":
-            return ""
-        return f"no CUDA graphs: {why}" if (why := self._graphs.failure) else "CUDA graphs"
+        """How it decodes, in a few words, for people; and why not in a faster way."""
+        if self._device.type == "cuda":
+            return f"no CUDA graphs: {why}" if (why := self._graphs.failure) else "CUDA graphs"
+        missing = self._why_not_native
+        return f"no native steps: {missing}" if missing else "native steps"
 
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Prompt, start: int, stop: int) -> torch.Tensor | None:
@@ -177,6 +188,10 @@ class StaticRunner:
                 rotation = self._lean.grid_rotation(grid[1:, 0, start:stop])
             else:
                 rotation = self._lean.rotation(torch.arange(start, stop, device=self._device))
+            if self._native and not added and stop - start <= self._native.max_rows:
+                slots, wanted = [slot] * (stop - start), int(stop == len(prompt.ids))
+                found = self._native.run(x, rotation, slots, range(start, stop), wanted)
+                return found[0] if wanted else None
             spans = [self._span(0, slot, start, stop)]
             x = self._lean.forward(x, rotation, spans, added, only_last=True)
             return self._logits(x[-1:])[0] if stop == len(prompt.ids) else None
@@ -189,18 +204,28 @@ class StaticRunner:
                 self._reach(row.slot, row.start + len(row.tokens))
             if self._fixed and all(len(row.tokens) == 1 for row in rows):
                 return self._decode_fixed(rows)
-            ids: list[int] = []
-            positions: list[int] = []
-            spans = []
-            for row in rows:
-                stop = row.start + len(row.tokens)
-                spans.append(self._span(len(ids), row.slot, row.start, stop))
-                ids += row.tokens
-                delta = self._position_deltas[row.slot]
-                positions += range(row.start + delta, stop + delta)
-            rotation = self._lean.rotation(self._tensor(positions))
-            x = self._lean.forward(self._embedding(self._tensor(ids)), rotation, spans)
-            return list(torch.split(self._logits(x), [len(row.tokens) for row in rows]))
+            sizes = [len(row.tokens) for row in rows]
+            ids = [token for row in rows for token in row.tokens]
+            starts = [row.start + self._position_deltas[row.slot] for row in rows]
+            positions = [
+                first + i for first, n in zip(starts, sizes, strict=True) for i in range(n)
+            ]
+            rotation, x = (
+                self._lean.rotation(self._tensor(positions)),
+                self._embedding(self._tensor(ids)),
+            )
+            if self._native and len(ids) <= self._native.max_rows:
+                slots = [row.slot for row in rows for _ in row.tokens]
+                places = [row.start + i for row in rows for i in range(len(row.tokens))]
+                logits = self._native.run(x, rotation, slots, places, len(ids))
+            else:
+                lasts = accumulate(sizes)
+                spans = [
+                    self._span(last - n, row.slot, row.start, row.start + n)
+                    for row, n, last in zip(rows, sizes, lasts, strict=True)
+                ]
+                logits = self._logits(self._lean.forward(x, rotation, spans))
+            return list(torch.split(logits, sizes))
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
@@ -208,12 +233,6 @@ class StaticRunner:
         self._reach(target, length)
         self._cache.copy_prefix(source, target, length)
         self._position_deltas[target] = self._position_deltas[source]
-
-    def warm_up(self, prompt: Prompt) -> None:
-        """Run prefill and decode once, so that the first answer does not wait for what is made
-        at first use. Writes to slot 0; call before any answer."""
-        self.prefill(0, prompt, 0, len(prompt.ids))
-        self.decode([Row(0, len(prompt.ids) - 1, prompt.ids[-1:])])
 
     def _decode_fixed(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """One token for each row."""
@@ -285,3 +304,38 @@ class StaticRunner:
         """Integers [T] on the device, which is not waited for."""
         host = torch.tensor(values, dtype=torch.long)
         return host.to(self._device, non_blocking=self._device.type == "cuda")
+
+
+def _head(model: Any) -> Any:
+    """The output embeddings; in 8 bits where the layers are quantised to be read fast.
+
+    They are a tenth to a third of what a step reads, and lose nothing that shows in 8 bits.
+    """
+    head = model.get_output_embeddings()
+    layer = model.get_decoder().layers[0].self_attn.o_proj
+    if type(layer) in (Int4Linear, Int8Linear) and can_prepack(head.weight):
+        return int8_linear(head.weight, head.weight.dtype, head.bias)
+    return fuse([head])
+
+
+def _operators(model: Any, native: bool) -> Operators:
+    """Between the products of a language model; native: in C, where that can be."""
+    config, weight, layer = model.config, model.embed_tokens.weight, model.layers[0]
+    parts = (config.rms_norm_eps, layer.mlp.act_fn, weight.dtype, weight.device)
+    sizes = (config.hidden_size, config.intermediate_size, layer.self_attn.head_dim // 2)
+    if native:
+        with suppress(NoNativeStep):
+            return NativeOperators(*parts, sizes)
+    return Operators(*parts)
+
+
+def _native(
+    lean: LeanModel, head: Any, cache: KVCache, wanted: bool
+) -> tuple[NativeStep | None, str]:
+    """The native step, or why there is none."""
+    if not wanted:
+        return None, "asked for"
+    try:
+        return NativeStep(lean, head, cache), ""
+    except NoNativeStep as error:
+        return None, str(error)

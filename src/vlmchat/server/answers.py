@@ -1,7 +1,7 @@
 """A backend's streams, which block, as something that an event loop can wait for.
 
-Called by the worker. Each stream is read by a thread of its own; several answers to one request
-run side by side, as far as its ticket goes. Knows nothing of HTTP.
+Called by the worker. What is not pushed to us is read by a thread of its own; several answers to
+one request run side by side, as far as its ticket goes. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from vlmchat.conversation import Conversation
 from vlmchat.errors import Unavailable
-from vlmchat.request import Backend, Delta, SamplingParams, Stream
+from vlmchat.request import Backend, Delta, PushedStream, SamplingParams, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Answers:
         self._items: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._next = width  # the choice to begin when a stream ends
         self._first = range(width)
-        self._streams: set[Stream] = set()
+        self._streams: dict[int, Stream] = {}  # by choice
         self._begun: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -82,7 +83,7 @@ class Answers:
         for _ in self._first:
             self._freed()
         self._first = range(0)
-        for stream in self._streams:
+        for stream in self._streams.values():
             stream.cancel()
 
     def fail(self, error: Exception) -> None:
@@ -105,9 +106,12 @@ class Answers:
         self._to_encode -= 1
         if not self._to_encode:
             self._conversation = None  # its pictures are large, and nobody needs them any more
-        self._streams.add(stream)
+        self._streams[choice] = stream
         if self._closed:
             stream.cancel()
+        if isinstance(stream, PushedStream):
+            stream.deliver(partial(self._arrived, choice))
+            return
         threading.Thread(
             target=self._read, args=(choice, stream), name="vlmchat-answer", daemon=True
         ).start()
@@ -125,14 +129,23 @@ class Answers:
                 self._tell(self._items.put_nowait, Piece(choice, delta))
         except Exception as raised:  # see _start
             error = raised
-        self._tell(self._read_all, stream, error)
+        self._tell(self._read_all, choice, error)
+
+    def _arrived(self, choice: int, item: Delta | BaseException) -> None:
+        """In the backend's thread."""
+        if isinstance(item, Delta):
+            self._tell(self._items.put_nowait, Piece(choice, item))
+            if item.finish_reason is None:
+                return
+        error = item if isinstance(item, Exception) else None
+        self._tell(self._read_all, choice, error)
 
     def _tell(self, call: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _read_all(self, stream: Stream, error: Exception | None) -> None:
-        self._streams.discard(stream)
+    def _read_all(self, choice: int, error: Exception | None) -> None:
+        self._streams.pop(choice, None)
         self._ended(error)
 
     def _ended(self, error: Exception | None) -> None:
