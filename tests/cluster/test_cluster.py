@@ -148,7 +148,8 @@ def test_conversation_returns_to_the_replica_that_has_its_beginning(running: Run
 
 
 def test_front_answers_429_when_as_many_wait_as_may(running: Running) -> None:
-    running.deploy(model(policy=WorkerPolicy(concurrency=1), scale=Scale(1, 1)), max_waiting=1)
+    policy = WorkerPolicy(concurrency=1, max_waiting=1)
+    running.deploy(model(policy=policy, scale=Scale(1, 1)))
     answers: list[httpx2.Response] = []
     with ThreadPoolExecutor(6) as pool, httpx2.Client(timeout=90) as client:
 

@@ -58,7 +58,8 @@ class Attempts:
         """
         self._prefixes = prefixes
         there = {worker.name for worker in self.serving(model)}
-        full = self._refused and there <= set(self.tried)
+        # Ray refuses for all of them, before it is known whom it would have asked.
+        full = self._refused and (not self._known or there <= set(self.tried))
         self._refused = False
         return None if full or (self._in_vain and not there) else Lease(self._any)
 

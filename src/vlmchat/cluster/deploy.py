@@ -275,7 +275,7 @@ def _deployment(model: ModelPlan, plan: ClusterPlan) -> Any:
         name=model.deployment,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=model.policy.concurrency,
-        max_queued_requests=plan.max_waiting,
+        max_queued_requests=model.policy.max_waiting,
         request_router_config={
             "request_router_class": _ROUTER,
             "request_router_kwargs": {"margin": plan.cache_margin},

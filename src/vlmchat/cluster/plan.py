@@ -41,6 +41,7 @@ class ModelPlan:
 
     load() gives the backend, in the replica's process. resumes: whether that can go on from token
     ids. version: other replicas are needed once it has changed. health_s: between looks at each.
+    policy.max_waiting: those that wait at each front for a replica's turn.
     """
 
     name: str
@@ -64,8 +65,7 @@ class ClusterPlan:
     """All of it: one application on one address.
 
     every_node: an HTTP server on each node with replicas, and fronts anywhere, not on the head
-    only. max_waiting: requests for a model that wait at a front for a replica's turn. version:
-    other fronts are needed once it has changed.
+    only. version: other fronts are needed once it has changed.
     """
 
     models: tuple[ModelPlan, ...]
@@ -75,6 +75,5 @@ class ClusterPlan:
     every_node: bool = False
     edge: EdgePolicy = field(default_factory=EdgePolicy)
     limits: Limits = field(default_factory=Limits)
-    max_waiting: int = 128
     cache_margin: int = CACHE_MARGIN
     num_fronts: int = 1
