@@ -1,35 +1,22 @@
 """`vlmchat cluster`: the worker on Ray Serve; up, status, scale, down.
 
-Options and a YAML file -> a plan -> `cluster/deploy`. Here a replica's process finds how to load
-its model. ray is an extra, and it, like everything heavy, is imported inside functions.
+Options -> a plan -> `cluster/deploy`. ray is an extra, and it, like everything heavy, is imported
+inside functions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from functools import partial
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
+from vlmchat.commands.cluster_models import Entry, ReplicaOptions, digest, read_models, say
 from vlmchat.commands.exit import reporting
 from vlmchat.commands.options import (
     ClientOptions,
@@ -40,111 +27,23 @@ from vlmchat.commands.options import (
     ModelOptions,
     grouped,
 )
-from vlmchat.commands.settings import ALIASES, checked, resolve_model
-from vlmchat.commands.threads import cpu_quota, settle
-from vlmchat.commands.worker import LimitOptions, name_of, warn_open
-from vlmchat.config import EngineConfig, ModelConfig
+from vlmchat.commands.settings import ALIASES
+from vlmchat.commands.worker import LimitOptions, warn_open
 from vlmchat.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlmchat.cluster.deploy import Standing
-    from vlmchat.cluster.plan import ClusterPlan, ModelPlan, Scale
-    from vlmchat.request import Backend
+    from vlmchat.cluster.plan import ClusterPlan, ModelPlan
 
-_LEAVING_S = 1.0  # between looks whether the application is still there
-_POLL_S = 2.0
+_POLL_S = 2.0  # between looks whether the application is still there
+
+_Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="As one JSON object.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show where errors arose.")]
 
 cluster = typer.Typer(help="Serve models on a Ray cluster.", rich_markup_mode=None)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaOptions:
-    """How many replicas a model has, and what each takes."""
-
-    panel: ClassVar = "Replicas"
-    model_name: Annotated[
-        str | None,
-        typer.Option(
-            "--model-name",
-            metavar="NAME",
-            help="What clients call the model; unset: the last part of its path, or its name at "
-            "--upstream.",
-        ),
-    ] = None
-    upstream: Annotated[
-        str | None,
-        typer.Option(
-            "--upstream",
-            metavar="URL",
-            help="Answer by this OpenAI-compatible server instead of loading a model.",
-        ),
-    ] = None
-    upstream_key: Annotated[
-        str | None, typer.Option("--upstream-key", metavar="KEY", help="The key that it wants.")
-    ] = None
-    replicas: Annotated[
-        int | None,
-        typer.Option("--replicas", metavar="COUNT", min=1, help="So many; unset: one."),
-    ] = None
-    min_replicas: Annotated[
-        int | None,
-        typer.Option("--min-replicas", metavar="COUNT", min=1, help="With less load, not fewer."),
-    ] = None
-    max_replicas: Annotated[
-        int | None,
-        typer.Option("--max-replicas", metavar="COUNT", min=1, help="With more load, not more."),
-    ] = None
-    target_ongoing: Annotated[
-        float | None,
-        typer.Option(
-            "--target-ongoing-requests",
-            metavar="COUNT",
-            min=0.1,
-            help="For each replica, by which their number is chosen; unset: 60 % of "
-            "--limit-model-concurrency.",
-        ),
-    ] = None
-    upscale_delay: Annotated[
-        float,
-        typer.Option(
-            "--upscale-delay", metavar="SECONDS", min=0, help="Of load, until there are more."
-        ),
-    ] = 30.0
-    downscale_delay: Annotated[
-        float,
-        typer.Option(
-            "--downscale-delay", metavar="SECONDS", min=0, help="Of less, until there are fewer."
-        ),
-    ] = 600.0
-    gpus: Annotated[
-        float | None,
-        typer.Option(
-            "--gpus-per-replica",
-            metavar="COUNT",
-            min=0,
-            help="A part of one is shared; unset: --tensor-parallel, if the cluster has any and "
-            "--device is not cpu.",
-        ),
-    ] = None
-    cpus: Annotated[
-        float,
-        typer.Option("--cpus-per-replica", metavar="COUNT", min=0, help="Threads of each, too."),
-    ] = 1.0
-
-    def scale(self, concurrency: int) -> Scale:
-        """Raises ConfigError for bounds that contradict each other."""
-        from vlmchat.cluster.plan import Scale
-
-        if self.replicas is not None and (self.min_replicas or self.max_replicas):
-            raise ConfigError(
-                "--replicas is for a fixed number; leave out --min- or --max-replicas"
-            )
-        least = self.replicas or self.min_replicas or 1
-        most = self.replicas or self.max_replicas or least
-        if most < least:
-            raise ConfigError(f"--max-replicas {most} is less than --min-replicas {least}")
-        ongoing = self.target_ongoing or 0.6 * concurrency
-        return Scale(least, most, ongoing, self.upscale_delay, self.downscale_delay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,76 +95,6 @@ class ClusterOptions:
     ] = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One model's options: the command line's, with those of its entry in the file above them."""
-
-    model: ModelOptions
-    engine: EngineOptions
-    limits: LimitOptions
-    images: ImageOptions
-    replicas: ReplicaOptions
-
-    def overlaid(self, where: str, entry: dict[str, Any], aliases: dict[str, str]) -> _Entry:
-        """With the entry's values. Raises ConfigError, which names `where`."""
-        groups = {field.name: getattr(self, field.name) for field in fields(self)}
-        options = {
-            flag[2:]: (group, name, kind)
-            for group, value in groups.items()
-            for name, kind, flags in _options(value)
-            for flag in flags
-        }
-        for key, value in entry.items():
-            name = str(key).replace("_", "-")
-            if name not in options:
-                close = get_close_matches(name, options, n=1)
-                hint = f"; is it {close[0]!r}?" if close else ""
-                raise ConfigError(f"{where}: unknown option {key!r}{hint}")
-            group, field, kind = options[name]
-            fit = _fitting(f"{where}: {key}", value, kind)
-            if field in ("model_path", "model_base") and fit is not None:
-                fit = resolve_model(fit, aliases)
-            groups[group] = replace(groups[group], **{field: fit})
-        return _Entry(**groups)
-
-    def plan(self, has_gpus: bool) -> ModelPlan:
-        """Raises ConfigError, and for --upstream what `Upstream` does."""
-        from vlmchat.cluster.plan import ModelPlan
-        from vlmchat.server.worker import DECODERS, WorkerPolicy
-
-        own, limits = self.replicas, self.limits
-        if own.upstream is not None:
-            name, load, what = _upstream(own.upstream, own.upstream_key, own.model_name)
-        else:
-            config, slots = self.model.build(), self.engine.build()
-            if slots.max_num_seqs is None:
-                slots = replace(slots, max_num_seqs=2 * limits.concurrency)
-            name, load = own.model_name or name_of(config.path), partial(load_engine, config, slots)
-            what = repr((config, slots))
-        policy = WorkerPolicy(
-            concurrency=limits.concurrency,
-            max_waiting=limits.max_queue,
-            max_waiting_tokens=limits.max_queue_tokens,
-            max_images=limits.max_images,
-            images=self.images.build(),
-            decoders=limits.concurrency if own.upstream else DECODERS,
-            ping_s=limits.ping_interval,
-            stream_interval=limits.stream_interval,
-            drain_s=limits.drain_timeout,
-        )
-        on_gpu = has_gpus and own.upstream is None and self.model.device != "cpu"
-        return ModelPlan(
-            name=name,
-            load=load,
-            policy=policy,
-            version=_digest(name, what, repr(policy)),
-            scale=own.scale(limits.concurrency),
-            num_cpus=own.cpus,
-            num_gpus=float(on_gpu * self.model.tensor_parallel) if own.gpus is None else own.gpus,
-            resumes=own.upstream is None,
-        )
-
-
 def up(
     ctx: typer.Context,
     cluster: ClusterOptions,
@@ -282,20 +111,18 @@ def up(
     On a cluster that is there this returns when all replicas are ready. Where there is none it
     begins one on this machine, and stays until Ctrl-C.
     """
-    with reporting(as_json=cluster.as_json, debug=cluster.debug), _ray():
-        base = _Entry(model, engine, limits, images, replicas)
-        entries = _entries(base, cluster.file, ctx.meta.get(ALIASES, {}))
+    with reporting(as_json=cluster.as_json, debug=cluster.debug):
+        base = Entry(model, engine, limits, images, replicas)
+        entries = read_models(base, cluster.file, ctx.meta.get(ALIASES, {}))
         for entry in entries:  # what is wrong in them is told before Ray is asked
             entry.model.build(), entry.engine.build(), entry.replicas.scale(1)
-        from vlmchat.cluster import deploy
-
+        deploy = _ray_serve()
         own = deploy.connect(cluster.address, start=True)
         try:
-            plan = _plan(
-                [entry.plan(deploy.has_gpus()) for entry in entries], cluster, limits, access
-            )
+            plans = [entry.plan(deploy.has_gpus()) for entry in entries]
+            plan = _plan(plans, cluster, limits, access)
             url = deploy.deploy(plan)
-            deploy.await_ready(cluster.timeout, _say)
+            deploy.await_ready(cluster.timeout, say)
             _announce(url, plan, own, as_json=cluster.as_json)
             if own:
                 deploy.stay(_POLL_S)
@@ -303,13 +130,7 @@ def up(
             deploy.leave(take_down=own)
 
 
-def status(
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where errors arose.")] = False,
-) -> None:
+def status(address: _Address = None, as_json: _Json = False, debug: _Debug = False) -> None:
     """Show what of vlmchat runs on a Ray cluster."""
     with reporting(as_json=as_json, debug=debug), _on(address) as deploy:
         _show(deploy.standing(), as_json=as_json)
@@ -329,36 +150,26 @@ def scale(
     max_replicas: Annotated[
         int | None, typer.Option("--max-replicas", metavar="COUNT", min=1, help="At most.")
     ] = None,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster.")
-    ] = None,
+    address: _Address = None,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Until it must be so.")
     ] = 1800.0,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where errors arose.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
 ) -> None:
     """Give a model another number of replicas; those that stay are not touched."""
     with reporting(as_json=as_json, debug=debug):
         if replicas is None and min_replicas is None and max_replicas is None:
             raise ConfigError("give --replicas, or --min-replicas and --max-replicas")
-        options = ReplicaOptions(
+        wanted = ReplicaOptions(
             replicas=replicas, min_replicas=min_replicas, max_replicas=max_replicas
-        )
-        with _ray():
-            wanted = options.scale(1)
+        ).scale(1)
         with _on(address) as deploy:
             deploy.scale(model_name, wanted.least, wanted.most)
-            _show(deploy.await_ready(timeout, _say), as_json=as_json)
+            _show(deploy.await_ready(timeout, say), as_json=as_json)
 
 
-def down(
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where errors arose.")] = False,
-) -> None:
+def down(address: _Address = None, as_json: _Json = False, debug: _Debug = False) -> None:
     """End it; answers under way have their time. The Ray cluster itself stays."""
     with reporting(as_json=as_json, debug=debug), _on(address) as deploy:
         deploy.take_down()
@@ -369,33 +180,6 @@ cluster.command("up", cls=GroupedCommand)(grouped(up))
 cluster.command("status")(status)
 cluster.command("scale")(scale)
 cluster.command("down")(down)
-
-
-def load_engine(config: ModelConfig, slots: EngineConfig) -> Backend:
-    """In a replica: the engine, loaded and warm."""
-    settle(os.environ, cpu_quota())
-    from vlmchat.engine.engine import Engine
-
-    engine = Engine.load(config, _say, slots)
-    engine.warm_up().wait()
-    return engine
-
-
-def load_upstream(url: str, key: str | None, name: str | None) -> Backend:
-    """In a replica: another server as a backend."""
-    from vlmchat.server.upstream import Upstream
-
-    return Upstream(url, key, name)
-
-
-def _upstream(url: str, key: str | None, name: str | None) -> tuple[str, partial[Backend], str]:
-    """Its name for clients, its loader, and what tells it from others."""
-    asked = load_upstream(url, key, name)
-    try:
-        shown = name or asked.status().model
-    finally:
-        asked.close()
-    return shown, partial(load_upstream, url, key, name), repr((url, key, name))
 
 
 def _plan(
@@ -422,85 +206,37 @@ def _plan(
     )
     return ClusterPlan(
         tuple(models),
-        version=_digest(*keys, repr(limits), str(local)),
+        version=digest(*keys, repr((edge.max_body_bytes, edge.max_held_bytes, local))),
         host=host,
         port=cluster.port,
         every_node=cluster.proxies == "every-node",
         edge=edge,
-        max_waiting=limits.max_queue,
         num_fronts=cluster.fronts,
     )
 
 
-def _entries(base: _Entry, file: Path | None, aliases: dict[str, str]) -> list[_Entry]:
-    """One for each model. Raises ConfigError for a file that cannot be read, or holds none."""
-    if file is None:
-        return [base]
-    import yaml
-
-    try:
-        document = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ConfigError(f"cannot read {file}: {reason}") from None
-    models = document.get("models") if isinstance(document, dict) else None
-    if not isinstance(models, list) or not models or set(document) != {"models"}:
-        raise ConfigError(f"{file}: it must hold a list 'models' with an entry for each, no more")
-    found = []
-    for number, entry in enumerate(models, 1):
-        where = f"{file}: model {number}"
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{where} is not options and their values: {entry!r}"[:300])
-        found.append(base.overlaid(where, entry, aliases))
-    return found
-
-
-def _options(group: Any) -> Iterator[tuple[str, Any, list[str]]]:
-    """Each option of a group: its field, its type, its flags."""
-    for name, hint in get_type_hints(type(group), include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kind, option = get_args(hint)
-            named = [option.default, *(option.param_decls or ())]
-            yield name, kind, [f.split("/")[0] for f in named if str(f).startswith("--")]
-
-
-def _fitting(where: str, value: Any, kind: Any) -> Any:
-    """The value, if the option takes it."""
-    choices = [c for k in (kind, *get_args(kind)) if get_origin(k) is Literal for c in get_args(k)]
-    if choices and value not in choices:
-        raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
-    return value if choices else checked(where, value, kind)
-
-
-def _digest(*told: str) -> str:
-    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """Ray's settings, before it is imported. Raises ConfigError where it is not installed."""
-    if find_spec("ray") is None:
-        raise ConfigError("this needs ray, which is an extra: pip install 'vlmchat[cluster]'")
+def _ray_serve() -> Any:
+    """`cluster/deploy`, after Ray's settings. Raises ConfigError where ray is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    yield
+    try:
+        from vlmchat.cluster import deploy
+    except ImportError as error:
+        raise ConfigError(
+            f"this needs Ray Serve, which is an extra: pip install 'vlmchat[cluster]' ({error})"
+        ) from None
+    return deploy
 
 
 @contextmanager
 def _on(address: str | None) -> Iterator[Any]:
-    """`cluster/deploy`, connected. Raises NetworkError."""
-    with _ray():
-        from vlmchat.cluster import deploy
-
-        deploy.connect(address)
-        try:
-            yield deploy
-        finally:
-            deploy.leave()
-
-
-def _say(line: str) -> None:
-    print(f"vlmchat: {line}", file=sys.stderr, flush=True)
+    """`cluster/deploy`, connected. Raises ConfigError, NetworkError."""
+    deploy = _ray_serve()
+    deploy.connect(address)
+    try:
+        yield deploy
+    finally:
+        deploy.leave()
 
 
 def _announce(url: str, plan: ClusterPlan, own: bool, *, as_json: bool) -> None:
@@ -528,10 +264,9 @@ def _show(now: Standing, *, as_json: bool) -> None:
         print(json.dumps({**said, "message": now.message}))
         return
     print(f"{now.state.lower()} at {now.url}" + (f": {now.message}" if now.message else ""))
-    for model, entry in zip(now.wanted, models, strict=True):
-        states = ", ".join(
-            f"{n} {s.lower()}" for s, n in now.replicas.get(model.deployment, {}).items()
-        )
+    for model in now.wanted:
+        by_state = now.replicas.get(model.deployment, {})
+        states = ", ".join(f"{count} {state.lower()}" for state, count in by_state.items())
         least, most = model.scale.least, model.scale.most
         bounds = f"{least}" if least == most else f"{least} to {most}"
-        print(f"{entry['name']}: {states or 'no replicas'}; wanted {bounds}")
+        print(f"{model.name}: {states or 'no replicas'}; wanted {bounds}")
