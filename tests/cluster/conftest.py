@@ -45,7 +45,7 @@ class Running:
         deploy.await_ready(300, lambda line: None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'vlmchat[cluster]'")
     with pytest.MonkeyPatch.context() as patch:
@@ -71,5 +71,5 @@ def running() -> Iterator[Running]:
 
 def model(version: str = "1", **options: Any) -> ModelPlan:
     """One that says questions again, a word every 50 ms. Of one version, replicas are kept."""
-    plan = {"policy": WorkerPolicy(), "scale": Scale(2, 2), **options}
-    return ModelPlan("echo", partial(echo, 0.05), version=version, **plan)
+    plan = {"policy": WorkerPolicy(), "scale": Scale(2, 2), "load": partial(echo, 0.05), **options}
+    return ModelPlan("echo", version=version, **plan)

@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests.cluster.conftest import NODE, Running, model
+from tests.fakes import ScriptedBackend
+from tests.openai_server import OpenAIServer
 from vlmchat.cluster.plan import Scale
+from vlmchat.commands.cluster_models import load_upstream
 from vlmchat.server.worker import WorkerPolicy
 
 # What ray's own modules warn of is nothing that can be done here.
@@ -232,15 +236,30 @@ def test_no_request_is_lost_while_replicas_are_replaced(running: Running) -> Non
     assert len(answers) >= 12
 
 
-def test_replicas_that_stay_are_not_touched_when_others_are_added(running: Running) -> None:
+def test_no_request_is_lost_while_replicas_become_three_and_one_again(running: Running) -> None:
     from vlmchat.cluster import deploy
 
     running.deploy(model(scale=Scale(1, 1)))
     (kept,) = replicas()
-    deploy.scale(None, 2, 2)
-    deploy.await_ready(60, lambda line: None)
-    assert kept["pid"] in [replica["pid"] for replica in replicas()]
-    assert len(replicas()) == 2
+    with load(running.url, clients=6) as answers:
+        for count in (3, 1):
+            deploy.scale(None, count, count)
+            deploy.await_ready(PATIENCE_S, lambda line: None)
+            until(lambda count=count: len(replicas()) == count)  # type: ignore[misc]
+            if count == 3:  # those that stay are not touched
+                assert kept["pid"] in [replica["pid"] for replica in replicas()]
+            enough = len(answers) + 6
+            until(lambda enough=enough: len(answers) >= enough)  # type: ignore[misc]
+    assert set(answers) == {"whole"}
+
+
+def test_other_server_answers_behind_a_replica(running: Running) -> None:
+    server = OpenAIServer(ScriptedBackend(["from elsewhere"]))
+    load = partial(load_upstream, f"{server.url}/v1", None, "m")
+    running.deploy(model(load=load, scale=Scale(1, 1), resumes=False, version="upstream"))
+    assert ask(running.url, "a") == "from elsewhere"
+    server.shutdown()
+    server.server_close()
 
 
 def test_replica_without_an_engine_is_replaced(running: Running) -> None:
