@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -65,8 +66,8 @@ def vlmchat(*arguments: str, code: int = 0) -> list[Any]:
 @contextmanager
 def node(*arguments: str) -> Iterator[psutil.Process]:
     """`ray start`, which takes all its processes along."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    with subprocess.Popen([ray, "start", *arguments, *NODE], stdout=subprocess.DEVNULL) as started:
+    command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, *NODE]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as started:
         process = psutil.Process(started.pid)
         try:
             yield process
@@ -105,7 +106,13 @@ def title(process: psutil.Process) -> str:
 def cluster() -> Iterator[Cluster]:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'vlmchat[cluster]'")
     first, port = free_port(), free_port()
-    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, ExitStack() as on:
+    with (
+        TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+        ExitStack() as on,
+    ):
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", token_hex(32))
         head = ("--head", "--include-dashboard=false", f"--port={first}", f"--temp-dir={folder}")
         nodes = [on.enter_context(node(*head))]
         until(lambda: listens(first))

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorDiedError, RayError
 from ray.experimental import internal_kv
 from ray.serve import context as serve_context
@@ -41,6 +42,7 @@ _HEAD = "node:__internal_head__"  # what every head has one of
 _FRONT_REQUESTS = 10_000  # that a front carries at a time
 _HEALTH_TIMEOUT_S = 30.0  # of a look at a replica: a token is generated
 _LOAD_ATTEMPTS = 2  # Ray's default of 20 loads hides for long what is wrong
+_SURGE_PERCENT = 20  # more replicas while they are replaced: as many as Ray replaces at a time
 _ATTEMPTS = 4  # Ray replaces an HTTP server that is slow to start, and tells us of its death
 _LOOK_S = 0.5
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
@@ -64,7 +66,8 @@ def connect(address: str | None, *, start: bool = False) -> bool:
         if address is not None or not start:
             where = f"at {address}" if address else "here"
             raise NetworkError(
-                f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'"
+                f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'; where "
+                "it wants a token, set RAY_AUTH_MODE=token"
             ) from None
     # Ray's own choice of address would let other machines in.
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
@@ -285,9 +288,19 @@ def _deployment(model: ModelPlan, plan: ClusterPlan) -> Any:
         graceful_shutdown_timeout_s=model.policy.drain_s,
         graceful_shutdown_wait_loop_s=1.0,
         max_constructor_retry_count=_LOAD_ATTEMPTS,
+        max_surge_percent=_SURGE_PERCENT if _has_room(model) else 0,
         **how_many,
     )
     return deployment.options(version=f"{__version__} {model.version}", _internal=True)
+
+
+def _has_room(model: ModelPlan) -> bool:
+    """Whether a node has room for one more; else the old has to go before the new comes."""
+    needed = {"CPU": model.num_cpus, "GPU": model.num_gpus}
+    return any(
+        all(free.get(what, 0.0) >= count for what, count in needed.items())
+        for free in available_resources_per_node().values()
+    )
 
 
 def _autoscaling(scale: Scale) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from vlmchat.request import Backend
 from vlmchat.server.app import EdgePolicy
@@ -18,6 +19,7 @@ from vlmchat.server.worker import WorkerPolicy
 
 APPLICATION = "vlmchat"
 FRONT = "front"  # the deployment that answers HTTP
+PATIENCE_S = 120.0  # that a request waits while a model's only replica is started anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,6 @@ class ClusterPlan:
     port: int = 21001
     every_node: bool = False
     edge: EdgePolicy = field(default_factory=EdgePolicy)
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=partial(Limits, patience_s=PATIENCE_S))
     cache_margin: int = CACHE_MARGIN
     num_fronts: int = 1
