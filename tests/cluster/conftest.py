@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # on a busy machine replicas would get nothing
     "OMP_NUM_THREADS": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

@@ -111,6 +111,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.MonkeyPatch.context() as patch,
         ExitStack() as on,
     ):
+        patch.setenv("RAY_worker_niceness", "0")  # on a busy machine replicas would get nothing
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", token_hex(32))
         head = ("--head", "--include-dashboard=false", f"--port={first}", f"--temp-dir={folder}")

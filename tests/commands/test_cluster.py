@@ -58,13 +58,13 @@ def test_up_refuses_numbers_that_contradict_each_other(
         pytest.param("models: [{modelpath: a}]", "is it 'model-path'?", id="unknown"),
         pytest.param("models: [{replicas: two}]", "must be a whole number", id="type"),
         pytest.param("models: [{dtype: int3}]", "must be one of", id="choice"),
+        pytest.param("models: [{replicas: 0}]", "at least 1", id="bound"),
+        pytest.param("models: [{device: gpu}]", "none of auto, cpu, cuda", id="device"),
         pytest.param("models: [{max-body-bytes: 9}]", "for all models together", id="of all"),
         pytest.param("models: [{model-path: a}, {replicas: x}]", "model 2: replicas", id="second"),
     ],
 )
-def test_up_tells_what_is_wrong_in_its_file(
-    cli: Cli, tmp_path: Path, text: str, told: str
-) -> None:
+def test_up_tells_what_is_wrong_in_its_file(cli: Cli, tmp_path: Path, text: str, told: str) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     done = cli("cluster", "up", "--file", str(file), "--json")

@@ -27,7 +27,7 @@ from typing import (
 
 import typer
 
-from vlmchat.commands.options import EngineOptions, ImageOptions, ModelOptions
+from vlmchat.commands.options import EngineOptions, ImageOptions, ModelOptions, known_device
 from vlmchat.commands.settings import checked, resolve_model
 from vlmchat.commands.threads import cpu_quota, settle
 from vlmchat.commands.worker import LimitOptions, name_of
@@ -145,9 +145,9 @@ class Entry:
         """With the entry's values. Raises ConfigError, which names `where`."""
         groups = {field.name: getattr(self, field.name) for field in fields(self)}
         options = {
-            flag[2:]: (group, name, kind)
+            flag[2:]: (group, name, kind, option)
             for group, value in groups.items()
-            for name, kind, flags in _options(value)
+            for name, kind, option, flags in _options(value)
             for flag in flags
         }
         for key, value in entry.items():
@@ -158,8 +158,8 @@ class Entry:
                 close = get_close_matches(name, options, n=1)
                 hint = f"; is it {close[0]!r}?" if close else ""
                 raise ConfigError(f"{where}: unknown option {key!r}{hint}")
-            group, field, kind = options[name]
-            fit = _fitting(f"{where}: {key}", value, kind)
+            group, field, kind, option = options[name]
+            fit = _fitting(f"{where}: {key}", value, kind, option)
             if field in ("model_path", "model_base") and fit is not None:
                 fit = resolve_model(fit, aliases)
             groups[group] = replace(groups[group], **{field: fit})
@@ -226,21 +226,31 @@ def read_models(base: Entry, file: Path | None, aliases: dict[str, str]) -> list
     return found
 
 
-def _options(group: Any) -> Iterator[tuple[str, Any, list[str]]]:
-    """Each option of a group: its field, its type, its flags."""
+def _options(group: Any) -> Iterator[tuple[str, Any, Any, list[str]]]:
+    """Each option of a group: its field, its type, what is declared of it, its flags."""
     for name, hint in get_type_hints(type(group), include_extras=True).items():
         if get_origin(hint) is Annotated:
             kind, option = get_args(hint)
             named = [option.default, *(option.param_decls or ())]
-            yield name, kind, [f.split("/")[0] for f in named if str(f).startswith("--")]
+            yield name, kind, option, [f.split("/")[0] for f in named if str(f).startswith("--")]
 
 
-def _fitting(where: str, value: Any, kind: Any) -> Any:
-    """The value, if the option takes it."""
+def _fitting(where: str, value: Any, kind: Any, option: Any) -> Any:
+    """The value, if the option takes it. Raises ConfigError."""
     choices = [c for k in (kind, *get_args(kind)) if get_origin(k) is Literal for c in get_args(k)]
-    if choices and value not in choices:
-        raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
-    return value if choices else checked(where, value, kind)
+    if choices:
+        if value not in choices:
+            raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
+        return value
+    fit = checked(where, value, kind)
+    if option.min is not None and not fit >= option.min:
+        raise ConfigError(f"{where} is {fit}; it must be at least {option.min}")
+    if option.callback is known_device:
+        try:
+            known_device(fit)
+        except typer.BadParameter as error:
+            raise ConfigError(f"{where}: {error.message}") from None
+    return fit
 
 
 def say(line: str) -> None:

@@ -99,7 +99,8 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl([record for record in records if record])
 
 
-def _device(value: str) -> str:
+def known_device(value: str) -> str:
+    """Callback of --device. Raises typer.BadParameter."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
     return value
@@ -188,7 +189,7 @@ class ModelOptions:
             "--device",
             metavar="DEVICE",
             help="auto, cpu, cuda, cuda:N or mps.",
-            callback=_device,
+            callback=known_device,
             autocompletion=_complete_device,
         ),
     ] = "auto"
