@@ -134,9 +134,10 @@ def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[st
 
 def _table_name(ctx: typer.Context) -> str:
     """The command's name; that of its group, where it is in one."""
-    while ctx.parent is not None and ctx.parent.parent is not None:
-        ctx = ctx.parent
-    return str(ctx.info_name)
+    level: Any = ctx
+    while level.parent is not None and level.parent.parent is not None:
+        level = level.parent
+    return str(level.info_name)
 
 
 def _other_commands(ctx: typer.Context) -> dict[str, Any]:
