@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_cluster_names_the_extra_where_ray_is_not_installed(command: str) -> Non
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "pip install 'vlmchat[cluster]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_up_starts_no_ray_where_one_was_said_to_be() -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'vlmchat[cluster]'")
+    command = [sys.executable, "-m", "vlmchat", "cluster", "up", "--model-path", "demo"]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 69
+    assert done.stderr.startswith("vlmchat: no Ray cluster at 127.0.0.1:9: ")
     assert done.stderr.count("\n") == 1
 
 

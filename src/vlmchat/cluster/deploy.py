@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
 from ray.exceptions import ActorDiedError, RayError
 from ray.experimental import internal_kv
@@ -45,6 +47,7 @@ _LOAD_ATTEMPTS = 2  # Ray's default of 20 loads hides for long what is wrong
 _SURGE_PERCENT = 20  # more replicas while they are replaced: as many as Ray replaces at a time
 _ATTEMPTS = 4  # Ray replaces an HTTP server that is slow to start, and tells us of its death
 _LOOK_S = 0.5
+_CONNECT_S = 5.0
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
 
 
@@ -60,18 +63,38 @@ def connect(address: str | None, *, start: bool = False) -> bool:
     quiet["logging_level"] = logging.ERROR
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        ray.init(address=address or "auto", **quiet)
-        return False
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        there = _listening(address)
+    except NetworkError:
         if address is not None or not start:
-            where = f"at {address}" if address else "here"
+            raise
+    else:
+        try:
+            ray.init(address=address or "auto", **quiet)
+            return False
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             raise NetworkError(
-                f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'; where "
-                "it wants a token, set RAY_AUTH_MODE=token"
+                f"could not join the Ray cluster at {there}: {_line(error)}; where it wants a "
+                "token, set RAY_AUTH_MODE=token"
             ) from None
     # Ray's own choice of address would let other machines in.
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     return True
+
+
+def _listening(address: str | None) -> str:
+    """The head's address. Raises NetworkError where nobody listens; ray would wait for minutes."""
+    try:
+        there = canonicalize_bootstrap_address(address or "auto")
+        if there is None:
+            raise ConnectionError("none is known")
+        host, _, port = there.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        where = f"at {address}" if address else "here"
+        raise NetworkError(
+            f"no Ray cluster {where}: {_line(error)}; start one with 'ray start --head'"
+        ) from None
+    return there
 
 
 def has_gpus() -> bool:

@@ -117,7 +117,7 @@ def up(
         for entry in entries:  # what is wrong in them is told before Ray is asked
             entry.model.build(), entry.engine.build(), entry.replicas.scale(1)
         deploy = _ray_serve()
-        own = deploy.connect(cluster.address, start=True)
+        own = deploy.connect(_told(cluster.address), start=True)
         try:
             plans = [entry.plan(deploy.has_gpus()) for entry in entries]
             plan = _plan(plans, cluster, limits, access)
@@ -219,6 +219,7 @@ def _ray_serve() -> Any:
     """`cluster/deploy`, after Ray's settings. Raises ConfigError where ray is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what fails is told in our own line
     try:
         from vlmchat.cluster import deploy
     except ImportError as error:
@@ -228,11 +229,16 @@ def _ray_serve() -> Any:
     return deploy
 
 
+def _told(address: str | None) -> str | None:
+    """Where Ray is said to be: there it has to be then."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def _on(address: str | None) -> Iterator[Any]:
     """`cluster/deploy`, connected. Raises ConfigError, NetworkError."""
     deploy = _ray_serve()
-    deploy.connect(address)
+    deploy.connect(_told(address))
     try:
         yield deploy
     finally:
