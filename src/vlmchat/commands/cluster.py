@@ -219,7 +219,6 @@ def _ray_serve() -> Any:
     """`cluster/deploy`, after Ray's settings. Raises ConfigError where ray is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what fails is told in our own line
     try:
         from vlmchat.cluster import deploy
     except ImportError as error:
