@@ -76,8 +76,8 @@ def connect(address: str | None, *, start: bool = False) -> bool:
                 f"could not join the Ray cluster at {there}: {_line(error)}; where it wants a "
                 "token, set RAY_AUTH_MODE=token"
             ) from None
-    # Ray's own choice of address would let other machines in.
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    # It listens on all addresses of this machine, to whoever has the token that it makes.
+    ray.init(address="local", include_dashboard=False, **quiet)
     return True
 
 
@@ -115,8 +115,8 @@ def stay(every_s: float) -> None:
 def leave(*, take_down: bool = False) -> None:
     """Let go of the cluster; it ends, answers under way first, if this process has begun it."""
     if take_down:
-        with suppress(VlmchatError):
-            _end()
+        with suppress(VlmchatError):  # it may have been taken down already
+            end()
     ray.shutdown()
 
 
@@ -246,21 +246,18 @@ def scale(name: str | None, least: int, most: int) -> ModelPlan:
     return changed
 
 
-def take_down() -> None:
-    """End the application; answers under way have their time. Serve ends with its last one.
+def end() -> None:
+    """Take the application down; answers under way have their time. Serve ends with its last one.
 
     Raises NoWorker where there is none.
     """
     standing()
-    _end()
-
-
-def _end() -> None:
     with _translated():
         serve.delete(APPLICATION)
         internal_kv._internal_kv_del(_PLAN_KEY)
-        if not serve.status().applications:
-            serve.shutdown()
+        with suppress(RayError):  # whoever has begun this Ray may end it from now on
+            if not serve.status().applications:
+                serve.shutdown()
 
 
 def _application(plan: ClusterPlan) -> Any:

@@ -172,7 +172,7 @@ def scale(
 def down(address: _Address = None, as_json: _Json = False, debug: _Debug = False) -> None:
     """End it; answers under way have their time. The Ray cluster itself stays."""
     with reporting(as_json=as_json, debug=debug), _on(address) as deploy:
-        deploy.take_down()
+        deploy.end()
         print(json.dumps({"type": "down"}) if as_json else "nothing of vlmchat runs there any more")
 
 
