@@ -48,6 +48,8 @@ _SURGE_PERCENT = 20  # more replicas while they are replaced: as many as Ray rep
 _ATTEMPTS = 4  # Ray replaces an HTTP server that is slow to start, and tells us of its death
 _LOOK_S = 0.5
 _CONNECT_S = 5.0
+_POLL_S = 1.0  # between looks whether the application is still wanted
+_LEAVING_S = 5.0
 RUNNING, FAILED = "RUNNING", "DEPLOY_FAILED"
 
 
@@ -102,20 +104,18 @@ def has_gpus() -> bool:
     return float(ray.cluster_resources().get("GPU", 0)) > 0
 
 
-def stay(every_s: float) -> None:
-    """Return once the application has been taken down."""
-    while True:
-        try:
-            standing()
-        except NoWorker:
-            return
-        time.sleep(every_s)
+def stay() -> None:
+    """Return once somebody else has taken the application down, and is through with Serve."""
+    with _translated():
+        while _stored() is not None:
+            time.sleep(_POLL_S)
+    time.sleep(_LEAVING_S)
 
 
 def leave(*, take_down: bool = False) -> None:
     """Let go of the cluster; it ends, answers under way first, if this process has begun it."""
-    if take_down:
-        with suppress(VlmchatError):  # it may have been taken down already
+    if take_down and _stored() is not None:
+        with suppress(VlmchatError):
             end()
     ray.shutdown()
 
@@ -131,8 +131,12 @@ class Standing:
     message: str
     listens: bool
     replicas: dict[str, dict[str, int]]
-    wanted: tuple[ModelPlan, ...]
-    url: str
+    plan: ClusterPlan
+
+    @property
+    def url(self) -> str:
+        """Where clients ask."""
+        return _url(self.plan)
 
     def running(self, model: ModelPlan) -> int:
         """Replicas that answer."""
@@ -189,8 +193,8 @@ def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
     deadline, told = time.monotonic() + timeout_s, ""
     while True:
         now = standing()
-        least = {model.name: model.scale.least for model in now.wanted}
-        there = {model.name: now.running(model) for model in now.wanted}
+        least = {model.name: model.scale.least for model in now.plan.models}
+        there = {model.name: now.running(model) for model in now.plan.models}
         if now.state == FAILED:
             raise ModelError(f"could not be deployed: {_cause(now.message)}")
         ready = now.state == RUNNING and all(there[name] >= least[name] for name in least)
@@ -209,12 +213,11 @@ def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
 def standing() -> Standing:
     """How it stands. Raises NoWorker where nothing is deployed."""
     with _translated():
-        status = serve.status()
-        found = status.applications.get(APPLICATION)
-        stored = internal_kv._internal_kv_get(_PLAN_KEY)
-    if found is None or stored is None:
+        stored = _stored()
+        status = serve.status() if stored is not None else None
+    if stored is None or status is None or APPLICATION not in status.applications:
         raise NoWorker("nothing of vlmchat runs on this Ray cluster; start it: vlmchat cluster up")
-    plan: ClusterPlan = pickle.loads(stored)
+    found = status.applications[APPLICATION]
     messages = [found.message, *(d.message for d in found.deployments.values())]
     replicas = {name: dict(d.replica_states) for name, d in found.deployments.items()}
     return Standing(
@@ -222,9 +225,14 @@ def standing() -> Standing:
         next((message for message in messages if message), ""),
         any(getattr(proxy, "value", proxy) == "HEALTHY" for proxy in status.proxies.values()),
         {name: {str(k): v for k, v in states.items()} for name, states in replicas.items()},
-        plan.models,
-        _url(plan),
+        pickle.loads(stored),
     )
+
+
+def _stored() -> bytes | None:
+    """The plan that was deployed, pickled."""
+    stored: bytes | None = internal_kv._internal_kv_get(_PLAN_KEY)
+    return stored
 
 
 def scale(name: str | None, least: int, most: int) -> ModelPlan:
@@ -233,16 +241,15 @@ def scale(name: str | None, least: int, most: int) -> ModelPlan:
     Raises ConfigError, NoWorker.
     """
     now = standing()
-    names = [model.name for model in now.wanted]
+    names = [model.name for model in now.plan.models]
     if name is None and len(names) > 1:
         raise ConfigError(f"--model-name is missing; it is one of {', '.join(names)}")
-    model = next((m for m in now.wanted if m.name == (name or names[0])), None)
+    model = next((m for m in now.plan.models if m.name == (name or names[0])), None)
     if model is None:
         raise ConfigError(f"--model-name {name}: there are {', '.join(names)}")
     changed = replace(model, scale=replace(model.scale, least=least, most=most))
-    plan: ClusterPlan = pickle.loads(internal_kv._internal_kv_get(_PLAN_KEY))
-    models = tuple(changed if one is model else one for one in now.wanted)
-    deploy(replace(plan, models=models))
+    models = tuple(changed if one is model else one for one in now.plan.models)
+    deploy(replace(now.plan, models=models))
     return changed
 
 

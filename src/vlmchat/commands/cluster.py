@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from vlmchat.cluster.deploy import Standing
     from vlmchat.cluster.plan import ClusterPlan, ModelPlan
 
-_POLL_S = 2.0  # between looks whether the application is still there
-
 _Address = Annotated[
     str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster.")
 ]
@@ -125,7 +123,7 @@ def up(
             deploy.await_ready(cluster.timeout, say)
             _announce(url, plan, own, as_json=cluster.as_json)
             if own:
-                deploy.stay(_POLL_S)
+                deploy.stay()
         finally:
             deploy.leave(take_down=own)
 
@@ -262,14 +260,14 @@ def _show(now: Standing, *, as_json: bool) -> None:
             "max_replicas": model.scale.most,
             "gpus_per_replica": model.num_gpus,
         }
-        for model in now.wanted
+        for model in now.plan.models
     ]
     if as_json:
         said = {"type": "status", "state": now.state, "url": now.url, "models": models}
         print(json.dumps({**said, "message": now.message}))
         return
     print(f"{now.state.lower()} at {now.url}" + (f": {now.message}" if now.message else ""))
-    for model in now.wanted:
+    for model in now.plan.models:
         by_state = now.replicas.get(model.deployment, {})
         states = ", ".join(f"{count} {state.lower()}" for state, count in by_state.items())
         least, most = model.scale.least, model.scale.most
