@@ -86,7 +86,7 @@ def connect(address: str | None, *, start: bool = False) -> bool:
 def _listening(address: str | None) -> str:
     """The head's address. Raises NetworkError where nobody listens; ray would wait for minutes."""
     try:
-        there = canonicalize_bootstrap_address(address or "auto")
+        there: str | None = canonicalize_bootstrap_address(address or "auto")
         if there is None:
             raise ConnectionError("none is known")
         host, _, port = there.rpartition(":")
