@@ -28,6 +28,13 @@ ALIVE_S = 10.0  # a replica, or all of a model, that has not been heard of for s
 _ANY = "a replica"  # in place of a worker's address
 
 
+class _Place(Lease):
+    """At whichever replica: Ray counts who asks it, so there is nothing to give back."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self._held = worker, False
+
+
 class Attempts:
     """See the module. replicas: as they have told of themselves, each a worker of its model."""
 
@@ -61,7 +68,7 @@ class Attempts:
         # Ray refuses for all of them, before it is known whom it would have asked.
         full = self._refused and (not self._known or there <= set(self.tried))
         self._refused = False
-        return None if full or (self._in_vain and not there) else Lease(self._any)
+        return None if full or (self._in_vain and not there) else _Place(self._any)
 
     def serving(self, model: str) -> list[Worker]:
         """Its replicas."""

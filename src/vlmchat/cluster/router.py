@@ -9,34 +9,40 @@ none.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from vlmchat.server.dispatch import CACHE_MARGIN, cache_aware
+from vlmchat.server.dispatch import CACHE_MARGIN
 
 _KEPT_PREFIXES = 4096  # of each replica: some 400 kB
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A replica as `dispatch.Candidate` has it."""
+    """A replica, as far as the choice goes. sent, told: beginnings that it has seen."""
 
     replica: RunningReplica
     queue_length: int
-    prefixes: frozenset[str] | OrderedDict[str, None]
-    told: frozenset[str]
-    speed: float = 1.0
+    sent: Container[str]
+    told: Container[str]
 
     def known(self, prefixes: Sequence[str]) -> int:
-        """See `dispatch.Candidate.known`."""
-        here = (n for n in range(len(prefixes), 0, -1) if self._has(prefixes[n - 1]))
-        return next(here, 0)
+        """How many of a request's prefixes, each longer than the one before, it has seen."""
+        lengths = range(len(prefixes), 0, -1)
+        return next((n for n in lengths if self._has(prefixes[n - 1])), 0)
 
     def _has(self, prefix: str) -> bool:
-        return prefix in self.prefixes or prefix in self.told
+        return prefix in self.sent or prefix in self.told
+
+
+def _best(able: list[_Candidate], prefixes: Sequence[str], margin: int) -> _Candidate:
+    """As `dispatch.cache_aware`, which is for a thousand workers that are ordered already."""
+    shortest = min(able, key=lambda one: one.queue_length)
+    best = max(able, key=lambda one: (one.known(prefixes), -one.queue_length))
+    return best if best.queue_length <= shortest.queue_length + margin else shortest
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -62,9 +68,9 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         avoid = asked.get("avoid", ())
         fresh = [r for r in candidate_replicas if r.replica_id.unique_id not in avoid]
         able = [self._candidate(replica) for replica in fresh or candidate_replicas]
-        best = cache_aware(able, asked.get("prefixes", ()), self._margin)
-        if best is None:
+        if not able:
             return []
+        best = _best(able, asked.get("prefixes", ()), self._margin)
         others = [one.replica for one in able if one is not best]
         return [[best.replica], others] if others else [[best.replica]]
 
@@ -90,6 +96,6 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         return _Candidate(
             replica,
             self.replica_queue_len_cache.get(replica.replica_id) or 0,
-            self._sent.get(replica.replica_id, frozenset()),
+            self._sent.get(replica.replica_id, ()),
             frozenset(told),
         )
