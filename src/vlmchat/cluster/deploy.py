@@ -115,8 +115,8 @@ def stay() -> None:
 def leave(*, take_down: bool = False) -> None:
     """Let go of the cluster; it ends, answers under way first, if this process has begun it."""
     if take_down and _stored() is not None:
-        with suppress(VlmchatError):
-            end()
+        with suppress(VlmchatError), _translated():
+            serve.delete(APPLICATION)
     ray.shutdown()
 
 
