@@ -39,6 +39,7 @@ TORCH_ROOMS = (
         "native_step",
         "cuda_graphs",
         "static_runner",
+        "parallel",
     ),
     "grammar",
 )

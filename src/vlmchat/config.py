@@ -44,6 +44,7 @@ class ModelConfig:
     context_length: int | None = None  # None: what the model's config says
     conv_mode: str | None = None
     runner: str = "auto"  # auto | static | eager
+    tensor_parallel: int = 1  # devices of this machine that share the model
 
 
 @dataclass(frozen=True, slots=True)

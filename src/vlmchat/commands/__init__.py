@@ -17,6 +17,7 @@ from vlmchat import __version__
 from vlmchat.commands.batch import batch
 from vlmchat.commands.bench import bench
 from vlmchat.commands.chat import chat
+from vlmchat.commands.cluster import cluster
 from vlmchat.commands.config import config
 from vlmchat.commands.controller import controller
 from vlmchat.commands.exit import end_on_signals, leaving_at_once, reporting
@@ -40,6 +41,7 @@ app.command("controller", cls=GroupedCommand)(grouped(controller))
 app.command("web", cls=GroupedCommand)(grouped(web))
 app.command("status")(status)
 app.command("config")(config)
+app.add_typer(cluster, name="cluster")
 app.add_typer(models, name="models")
 
 

@@ -104,7 +104,8 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl([record for record in records if record])
 
 
-def _device(value: str) -> str:
+def known_device(value: str) -> str:
+    """Callback of --device. Raises typer.BadParameter."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N, mps")
     return value
@@ -193,7 +194,7 @@ class ModelOptions:
             "--device",
             metavar="DEVICE",
             help="auto, cpu, cuda, cuda:N or mps.",
-            callback=_device,
+            callback=known_device,
             autocompletion=_complete_device,
         ),
     ] = "auto"
@@ -233,6 +234,15 @@ class ModelOptions:
             autocompletion=_complete_conv_mode,
         ),
     ] = None
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel",
+            metavar="COUNT",
+            min=1,
+            help="Devices of this machine that share the model, each with a process of its own.",
+        ),
+    ] = 1
     runner: Annotated[
         Literal["auto", "static", "eager"],
         typer.Option("--runner", hidden=True, help="Which of the engine's runners."),
@@ -255,6 +265,7 @@ class ModelOptions:
             context_length=self.context_length,
             conv_mode=self.conv_mode,
             runner=self.runner,
+            tensor_parallel=self.tensor_parallel,
         )
 
 
@@ -498,8 +509,8 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class AccessOptions:
-    """Who may come in to a server."""
+class ClientOptions:
+    """Which clients may come in to a server."""
 
     panel: ClassVar = "Access"
     host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = (
@@ -517,14 +528,6 @@ class AccessOptions:
         Path | None,
         typer.Option("--api-key-file", metavar="FILE", help="More keys, one per line."),
     ] = None
-    registration_key: Annotated[
-        str | None,
-        typer.Option(
-            "--registration-key",
-            metavar="KEY",
-            help="The key by which workers and their controller know each other.",
-        ),
-    ] = None
 
     def keys(self) -> tuple[str, ...]:
         """All keys for clients. Raises ConfigError when a key is empty or the file unreadable."""
@@ -539,9 +542,29 @@ class AccessOptions:
             keys = (*self.api_keys, *(line.strip() for line in lines if line.strip()))
             if not keys:
                 raise ConfigError(f"--api-key-file {self.api_key_file} holds no key")
-        if not all(key.strip() for key in (*keys, self.registration_key or "x")):
-            raise ConfigError("--api-key or --registration-key is empty; give a key")
+        if not all(key.strip() for key in keys):
+            raise ConfigError("--api-key is empty; give a key")
         return keys
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOptions(ClientOptions):
+    """Who may come in to a server: clients, and of workers and controllers each other."""
+
+    registration_key: Annotated[
+        str | None,
+        typer.Option(
+            "--registration-key",
+            metavar="KEY",
+            help="The key by which workers and their controller know each other.",
+        ),
+    ] = None
+
+    def keys(self) -> tuple[str, ...]:
+        """See `ClientOptions.keys`; the key of registration is checked too."""
+        if not (self.registration_key or "x").strip():
+            raise ConfigError("--registration-key is empty; give a key")
+        return ClientOptions.keys(self)
 
 
 @dataclass(frozen=True, slots=True)

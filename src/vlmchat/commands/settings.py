@@ -110,9 +110,10 @@ def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[st
 
     Tables of other commands, and keys above them that only other commands have, are theirs.
     """
-    table = document.pop(str(ctx.info_name), {})
+    own = _table_name(ctx)
+    table = document.pop(own, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: {ctx.info_name!r} must be a table: [{ctx.info_name}]")
+        raise ConfigError(f"{path}: {own!r} must be a table: [{own}]")
     options, others = _options_by_key(ctx.command), _other_commands(ctx)
     theirs = {key for other in others.values() for key in _options_by_key(other)}
     merged = {}
@@ -126,16 +127,29 @@ def _values(path: Path, document: dict[str, Any], ctx: typer.Context) -> dict[st
                 f"{path}: unknown setting {key!r}" + (f"; is it {close[0]!r}?" if close else "")
             )
         param, negated = options[name]
-        checked = _checked(f"{path}: {key}", value, param.type_descriptor.annotation)
-        merged[param.name] = not checked if negated else checked
+        fit = checked(f"{path}: {key}", value, param.type_descriptor.annotation)
+        merged[param.name] = not fit if negated else fit
     return merged
 
 
+def _table_name(ctx: typer.Context) -> str:
+    """The command's name; that of its group, where it is in one."""
+    level: Any = ctx
+    while level.parent is not None and level.parent.parent is not None:
+        level = level.parent
+    return str(level.info_name)
+
+
 def _other_commands(ctx: typer.Context) -> dict[str, Any]:
-    """Name -> command, for those beside this one that a settings file is for too."""
-    commands = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
-    reading = {n: c for n, c in commands.items() if any(p.name == "config" for p in c.params)}
-    return {name: other for name, other in reading.items() if name != ctx.info_name}
+    """Table -> command, for those beside this one that a settings file is for too."""
+    commands = getattr(ctx.find_root().command, "commands", {}) if ctx.parent else {}
+    single = {
+        name: one
+        for name, command in commands.items()
+        for one in (command, *getattr(command, "commands", {}).values())
+        if any(p.name == "config" for p in one.params)
+    }
+    return {name: other for name, other in single.items() if name != _table_name(ctx)}
 
 
 def _options_by_key(command: Any) -> dict[str, tuple[Any, bool]]:
@@ -148,11 +162,11 @@ def _options_by_key(command: Any) -> dict[str, tuple[Any, bool]]:
     return options
 
 
-def _checked(where: str, value: Any, kind: Any) -> Any:
-    """`value` if TOML's type fits the option's, one item for a list included."""
+def checked(where: str, value: Any, kind: Any) -> Any:
+    """`value` if its type fits the option's, one item for a list included. Raises ConfigError."""
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
-        return [_checked(where, item, get_args(kind)[0]) for item in items]
+        return [checked(where, item, get_args(kind)[0]) for item in items]
     names = {bool: "true or false", int: "a whole number", float: "a number"}
     wanted = next((k for k in names if kind is k or k in get_args(kind)), str)
     fits = type(value) is wanted or (wanted is float and type(value) is int)

@@ -51,6 +51,8 @@ def make_runner(
     Raises OutOfMemory when not one slot fits, ConfigError when the model cannot run as asked.
     """
     model, spec, context = loaded.model, loaded.spec, loaded.status.context_length
+    if loaded.team is not None:
+        return _shared_runner(loaded, vision, limits)
     why = unsupported(model, spec) if config.runner != "eager" else "asked for"
     if why is not None:
         if config.runner == "static":
@@ -64,6 +66,21 @@ def make_runner(
         return EagerRunner(model, spec, vision, slots.count), slots, f"eager: {why}"
     static = StaticRunner(model, spec, vision, slots.count, context, dtype)
     return static, slots, f"static, {static.how}" if static.how else "static"
+
+
+def _shared_runner(
+    loaded: LoadedModel, vision: VisionCache, limits: EngineConfig
+) -> tuple[Runner, Slots, str]:
+    """Where processes share the model, each has the keys and values of its own heads."""
+    from vlmchat.engine.parallel import TeamRunner
+
+    model, team, context = loaded.model, loaded.team, loaded.status.context_length
+    if limits.kv_dtype != "auto":
+        raise ConfigError(f"--kv-dtype {limits.kv_dtype} does not go with --tensor-parallel")
+    each = context * shape_of(model).position_bytes(model.dtype, model.dtype) // team.size
+    slots = fit(limits, context, each, free_bytes(model.device))
+    eager = EagerRunner(model, loaded.spec, vision, slots.count)
+    return TeamRunner(eager, team, slots.count), slots, f"eager, on {team.size} devices"
 
 
 def shape_of(model: Any) -> KVShape:

@@ -109,6 +109,8 @@ class Engine:
         Raises ConfigError, ModelNotFound, NetworkError, UnsupportedModel, CheckpointError and
         OutOfMemory (before any weight is read).
         """
+        if config.tensor_parallel > 1:
+            return cls._shared(config, progress, limits)
         from vlmchat.engine.spare import spare_imports
 
         spare_imports()
@@ -118,6 +120,18 @@ class Engine:
         engine = cls.over(loaded, config, limits, progress)
         gc.freeze()  # all this stays; looking through it again takes as long as some tokens
         return engine
+
+    @classmethod
+    def _shared(
+        cls, config: ModelConfig, progress: Callable[[str], None], limits: EngineConfig
+    ) -> Engine:
+        """As `load`, over several processes."""
+        from vlmchat.engine.parallel import Team, load_whole
+
+        team = Team(config)
+        loaded = load_whole(config, progress, limits.answer_tokens)
+        team.join(loaded)
+        return cls.over(replace(loaded, team=team), config, limits, progress)
 
     @classmethod
     def over(

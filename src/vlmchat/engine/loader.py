@@ -48,6 +48,7 @@ class LoadedModel:
     spec: ModelSpec
     status: Status
     template: ConversationTemplate | None  # in place of the checkpoint's own
+    team: Any = None  # `parallel.Team`: who has the other shares of the model
 
 
 def load_model(

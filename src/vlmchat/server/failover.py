@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vlmchat.errors import ModelNotFound, NoWorker, VlmchatError, WorkerFailed
-from vlmchat.server.outgoing import Answer, Outgoing, read
-from vlmchat.server.registry import Lease, Registry, Worker
+from vlmchat.server.outgoing import Answer, Readable, read
+from vlmchat.server.registry import Lease, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,37 @@ class Wire(Protocol):
         """The same, once the worker's answer has ended in good order."""
 
 
+class Pool(Protocol):
+    """Who can be asked: see `Registry`, of which these are methods."""
+
+    def lease(
+        self,
+        model: str,
+        prefixes: Sequence[str],
+        avoid: Collection[tuple[str, int]],
+        fits: Callable[[Worker], bool],
+    ) -> Lease | None: ...
+    def serving(self, model: str) -> list[Worker]: ...
+    def knows(self, model: str) -> bool: ...
+    def models(self) -> list[str]: ...
+
+
+class Way(Protocol):
+    """How they are asked: see `Outgoing`, of which these are methods."""
+
+    def stream(
+        self, url: str, body: Any, headers: Mapping[str, str]
+    ) -> AbstractAsyncContextManager[Readable]: ...
+    async def post(self, url: str, body: Any, timeout_s: float) -> Answer: ...
+
+
 class Relay:
     """One request's way through the workers."""
 
     def __init__(
         self,
-        registry: Registry,
-        outgoing: Outgoing,
+        registry: Pool,
+        outgoing: Way,
         limits: Limits,
         wire: Wire,
         model: str,

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpcore2
@@ -109,6 +109,16 @@ class Answer:
             return None
 
 
+class Readable(Protocol):
+    """An answer that is under way."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]: ...
+    def aiter_stream(self) -> AsyncIterator[bytes]: ...
+
+
 class Outgoing:
     """The way out. `key` goes with each request, so a worker knows its controller."""
 
@@ -175,7 +185,7 @@ class translated:
             raise NetworkError(f"{self._url}: {reason}") from error
 
 
-async def read(response: httpcore2.Response) -> Answer:
+async def read(response: Readable) -> Answer:
     """The whole of an answer that is to be short. Raises NetworkError when it is not."""
     body = bytearray()
     async for chunk in response.aiter_stream():
