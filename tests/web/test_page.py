@@ -154,11 +154,11 @@ def test_page_keeps_the_conversation_when_an_answer_fails_and_retries_it(
     page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
 ) -> None:
     browser = tab(page[0].url)
-    backend.answers[:] = ["fine", NetworkError("the worker went away"), "back again"]
+    backend.answers[:] = ["fine", NetworkError("http://10.0.0.7: silent"), "back again"]
     ask(browser, "one")
     says(browser, "fine")
     ask(browser, "two")
-    says(browser, "The worker went away", "[role=alert]")
+    says(browser, "The model scripted went away", "[role=alert]")
     assert "fine" in browser.locator("#chat").inner_text()
     browser.locator("#retry").click()
     says(browser, "back again")

@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import ScriptedBackend, picture
 from tests.web.pages import long_answer
 from vlmchat.config import ImagePolicy, sampling_params
-from vlmchat.errors import EngineDead, InvalidRequest, NoWorker
+from vlmchat.errors import EngineDead, InvalidRequest, NetworkError, NoWorker, VlmchatError
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
 from vlmchat.web import markup
@@ -80,14 +80,24 @@ def test_question_left_unchanged_keeps_its_pictures() -> None:
     assert (person.waiting, len(person.conversation.images)) == ((), 1)
 
 
-def test_lost_workers_are_told_without_their_addresses() -> None:
+@pytest.mark.parametrize("kind", [NoWorker, NetworkError])
+def test_lost_workers_are_told_without_their_addresses(kind: type[VlmchatError]) -> None:
     person = Person(LOADER)
-    lost = NoWorker("no worker for m came within 20 s; last: http://10.0.0.7:21002: silent")
+    lost = kind("no worker for m came within 20 s; last: http://10.0.0.7:21002: silent")
     ask(person, ScriptedBackend([lost]))
-    assert person.trouble == (
-        "the model m went away and no other took over; try again once it is back"
-    )
+    assert person.trouble.startswith("the model m went away")
+    assert "10.0.0.7" not in person.trouble
     assert person.open is not None
+
+
+def test_what_was_said_before_an_answer_broke_off_stays_until_the_next() -> None:
+    lost = RuntimeError("silent", "half an answer")
+    person, backend = Person(LOADER), ScriptedBackend([lost, "a whole one"])
+    ask(person, backend)
+    assert markup.messages(person)[-1]["content"] == "half an answer\n\n*(broken off)*"
+    again(person, backend)
+    assert [said["role"] for said in markup.messages(person)] == ["user", "assistant"]
+    assert markup.messages(person)[-1]["content"] == "a whole one"
 
 
 def test_failed_turn_keeps_the_conversation_and_its_question() -> None:

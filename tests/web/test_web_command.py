@@ -69,7 +69,7 @@ def send(tab: Any) -> None:
 
 
 def ask(tab: Any, text: str) -> None:
-    tab.locator("#undo:not([disabled])").wait_for()  # the answer before is over
+    tab.locator("#undo:not([disabled])").wait_for(timeout=30_000)  # the answer before is over
     tab.locator("#question textarea").fill(text)
     tab.locator("#question textarea").press("Enter")
 

@@ -40,6 +40,9 @@ def messages(person: Person) -> list[Said]:
         said.append({"role": "assistant", "content": person.partial or "…"})
     elif unanswered:
         said += _question(person, unanswered, shown)
+        if person.partial:
+            broken = f"{person.partial}\n\n*(broken off)*"
+            said.append({"role": "assistant", "content": broken})
     return said
 
 

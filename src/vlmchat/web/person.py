@@ -15,7 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from vlmchat.conversation import Conversation, Image, Message, Turn
-from vlmchat.errors import InvalidRequest, ModelNotFound, NoWorker, VlmchatError, WorkerFailed
+from vlmchat.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    NetworkError,
+    NoWorker,
+    VlmchatError,
+    WorkerFailed,
+)
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend, FinishReason, SamplingParams, Timings, Usage
 from vlmchat.session import ChatSession, Reply, Trimmed
@@ -76,7 +83,7 @@ class Person:
         self.waiting: tuple[Image, ...] = ()
         self.open: Open | None = None
         self.under_way: Open | None = None
-        self.partial = ""
+        self.partial = ""  # of the answer under way, or of one that broke off
         self.trouble = ""
         self.answered: Answered | None = None
         self.voted = ""
@@ -154,7 +161,7 @@ class Person:
             logger.exception("an answer failed")
             self._fail(asked, "something went wrong on the server; its log says what")
         finally:
-            self.under_way, self._reply, self.partial = None, None, ""
+            self.under_way, self._reply = None, None
             self._turn_lock.release()
 
     def _begin(self, asked: Open) -> None:
@@ -322,6 +329,11 @@ def _told_kindly(model: str) -> Iterator[None]:
         logger.warning("an answer of %s failed: %s", model, error.message)
         raise NoWorker(
             f"the model {model} went away and no other took over; try again once it is back"
+        ) from None
+    except NetworkError as error:  # also a controller that found no worker
+        logger.warning("an answer of %s failed: %s", model, error.message)
+        raise NetworkError(
+            f"the model {model} went away, or its server failed; try again once it is back"
         ) from None
 
 
