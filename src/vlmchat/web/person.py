@@ -325,14 +325,9 @@ def _told_kindly(model: str) -> Iterator[None]:
     """Addresses and counts of workers are not for people at the page."""
     try:
         yield
-    except (NoWorker, WorkerFailed, ModelNotFound) as error:
+    except (NoWorker, WorkerFailed, ModelNotFound, NetworkError) as error:
         logger.warning("an answer of %s failed: %s", model, error.message)
         raise NoWorker(
-            f"the model {model} went away and no other took over; try again once it is back"
-        ) from None
-    except NetworkError as error:  # also a controller that found no worker
-        logger.warning("an answer of %s failed: %s", model, error.message)
-        raise NetworkError(
             f"the model {model} went away, or its server failed; try again once it is back"
         ) from None
 
