@@ -79,4 +79,4 @@ def test_pictures_are_stretched_as_in_training(processor: LlavaProcessor) -> Non
 
 def test_model_is_small_enough_to_ship() -> None:
     parameters = sum(weight.numel() for weight in build_model().parameters())
-    assert parameters * 4 < 12_000_000
+    assert parameters * 2 < 12_000_000  # kept in 16 bits
