@@ -22,6 +22,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # on a busy machine replicas would get nothing
     "OMP_NUM_THREADS": "1",
+    "RAY_SERVE_SLOW_STARTUP_WARNING_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }

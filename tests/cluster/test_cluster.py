@@ -20,7 +20,7 @@ import pytest
 from tests.cluster.conftest import NODE, Running, model
 from tests.fakes import ScriptedBackend
 from tests.openai_server import OpenAIServer
-from vlmchat.cluster.plan import Scale
+from vlmchat.cluster.plan import ClusterPlan, Scale
 from vlmchat.commands.cluster_models import load_upstream
 from vlmchat.server.worker import WorkerPolicy
 
@@ -254,6 +254,18 @@ def test_no_request_is_lost_while_replicas_become_three_and_one_again(running: R
             enough = len(answers) + 4
             until(lambda enough=enough: len(answers) >= enough)  # type: ignore[misc]
     assert set(answers) == {"whole"}
+
+
+def test_deploy_tells_that_no_node_has_room(running: Running) -> None:
+    from vlmchat.cluster import deploy
+
+    def heard(line: str) -> None:
+        if 'no node has room for another, which takes {"CPU": 64}' in line:
+            raise StopIteration
+
+    deploy.deploy(ClusterPlan((model(scale=Scale(1, 1), num_cpus=64),), port=running.port))
+    with pytest.raises(StopIteration):
+        deploy.await_ready(60, heard)
 
 
 def test_other_server_answers_behind_a_replica(running: Running) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -201,13 +202,19 @@ def await_ready(timeout_s: float, tell: Callable[[str], None]) -> Standing:
         if ready and now.listens:
             return now
         line = ", ".join(f"{name} {there[name]} of {least[name]}" for name in least)
-        line += "; HTTP is not up yet" if ready else ""
+        line += "; HTTP is not up yet" if ready else _without_room(now.message)
         if line != told:
             tell(f"replicas: {line}")
             told = line
         if time.monotonic() > deadline:
             raise Unavailable(f"not ready within {timeout_s:g} s ({line}): {_cause(now.message)}")
         time.sleep(_LOOK_S)
+
+
+def _without_room(message: str) -> str:
+    """What Ray says once a replica has waited half a minute for a node."""
+    found = re.search(r"to be scheduled.* required for each replica: (\{.*?\})", message, re.S)
+    return f"; no node has room for another, which takes {found[1]}" if found else ""
 
 
 def standing() -> Standing:
