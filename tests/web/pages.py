@@ -57,6 +57,7 @@ class Served:
 
     url: str
     people: People
+    page: Page
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def served(
     thread.start()
     try:
         assert started.wait(20)
-        yield Served(f"http://127.0.0.1:{port_of(sock)}", people)
+        yield Served(f"http://127.0.0.1:{port_of(sock)}", people, page)
     finally:
         loop, server = made[0]
         loop.call_soon_threadsafe(server.stop)

@@ -100,6 +100,23 @@ def test_what_was_said_before_an_answer_broke_off_stays_until_the_next() -> None
     assert markup.messages(person)[-1]["content"] == "a whole one"
 
 
+def test_changed_question_stands_below_when_its_answer_fails() -> None:
+    person, backend = Person(LOADER), ScriptedBackend(["fine", EngineDead("gone")])
+    ask(person, backend, "one")
+    person.edit(0)
+    for _ in person.ask_edited("other", lambda: backend, wishes()):
+        pass
+    said = [each["content"] for each in markup.messages(person)]
+    assert said[1:] == ["fine", "*— in place of question 1, unanswered —*", "other"]
+
+
+@pytest.mark.parametrize("code", ["`a<b && c`", "```\nif a < b:\n```"])
+def test_question_shows_tags_as_typed_and_code_as_it_is(code: str) -> None:
+    person = Person(LOADER)
+    ask(person, ScriptedBackend(), f"<b>\n{code}\n<i>")
+    assert markup.messages(person)[0]["content"].startswith(f"&lt;b&gt;\n{code}\n&lt;i&gt;")
+
+
 def test_failed_turn_keeps_the_conversation_and_its_question() -> None:
     person, backend = Person(LOADER), ScriptedBackend(["fine", EngineDead("gone")])
     ask(person, backend, "one")

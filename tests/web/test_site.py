@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from gradio.route_utils import delete_files_created_by_app
 
 from tests.web.pages import Served, Workers, scripted, served
 
@@ -92,3 +93,10 @@ def test_page_may_stand_in_frames_when_embedded() -> None:
     with served(Workers(), embed=True) as running:
         told = httpx2.get(running.url, trust_env=False, timeout=20)
     assert "frame-ancestors *" in told.headers["content-security-policy"]
+
+
+def test_icons_of_the_examples_outlive_the_cleaning_of_uploads(page: Served) -> None:
+    icons = [Path(icon) for example in page.page.examples for icon in example.temp_files]
+    delete_files_created_by_app(page.page.blocks, -1)
+    assert len(icons) == 3
+    assert all(icon.is_file() for icon in icons)

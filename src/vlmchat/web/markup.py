@@ -12,11 +12,12 @@ from typing import Any
 
 from vlmchat.conversation import Image, Message, Turn
 from vlmchat.request import FinishReason
-from vlmchat.web.person import Person
+from vlmchat.web.person import Open, Person
 
 Said = dict[str, Any]
 # Options are for whoever started the page, not for those who use it.
 _LONGEST = re.compile(r"--max-new-tokens")
+_CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.M | re.S)
 _OR_RAISE = re.compile(r" or raise --[\w-]+")
 _FOR_OPERATORS = re.compile(r";[^;]*--[a-z][^;]*")
 
@@ -34,16 +35,23 @@ def messages(person: Person) -> list[Said]:
         turns = turns[: len(person.under_way.before.turns)]
     for index, turn in enumerate(turns):
         said += _turn(person, turn, shown, index)
-    unanswered = person.open and not person.open.replaces and person.open.question
+    failed = person.open
     if person.under_way is not None:
         said += _question(person, person.under_way.question, shown)
         said.append({"role": "assistant", "content": person.partial or "…"})
-    elif unanswered:
-        said += _question(person, unanswered, shown)
+    elif failed and not _stands_above(failed, turns):
+        if failed.replaces:
+            said.append(_note(f"in place of question {len(failed.before.turns) + 1}, unanswered"))
+        said += _question(person, failed.question, shown)
         if person.partial:
             broken = f"{person.partial}\n\n*(broken off)*"
             said.append({"role": "assistant", "content": broken})
     return said
+
+
+def _stands_above(failed: Open, turns: tuple[Turn, ...]) -> bool:
+    """Whether it is an old question that was asked again."""
+    return failed.replaces and failed.question.text == turns[len(failed.before.turns)].user.text
 
 
 def _turn(person: Person, turn: Turn, shown: set[Image], index: int | None = None) -> list[Said]:
@@ -65,8 +73,14 @@ def _question(person: Person, message: Message, shown: set[Image]) -> list[Said]
     if new:
         html = "".join(picture(person, image) for image in new)
         said.append({"role": "user", "content": f'<div class="pictures">{html}</div>'})
-    said.append({"role": "user", "content": escape(message.text, quote=False)})
+    said.append({"role": "user", "content": _escaped(message.text)})
     return said
+
+
+def _escaped(text: str) -> str:
+    """Markdown in which tags stand as they were typed; code, which Markdown escapes, as it is."""
+    parts = _CODE.split(text)
+    return "".join(p if n % 2 else escape(p, quote=False) for n, p in enumerate(parts))
 
 
 def _note(text: str) -> Said:

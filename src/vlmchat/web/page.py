@@ -153,6 +153,8 @@ class Page:
             self.examples = [
                 gr.Button(question, icon=_FOLDER / name, size="sm") for name, question in EXAMPLES
             ]
+            for example in self.examples:
+                example.keep_in_cache.update(example.temp_files)  # their icons: see delete_cache
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self._lay_out_parameters()
         with gr.Row(elem_id="files"):
@@ -386,8 +388,10 @@ class Page:
     def _wishes(self, values: Updates) -> Wishes:
         """Raises InvalidRequest, ConfigError for values that cannot be."""
         seed = str(values[self.seed] or "").strip()
-        if seed and not seed.isdecimal():
-            raise InvalidRequest(f"the seed is {seed[:40]!r}; it must be a whole number, or empty")
+        if seed and not (seed.isdecimal() and len(seed) < 20):
+            raise InvalidRequest(
+                f"the seed is {seed[:40]!r}; it must be a whole number below 2^63, or empty"
+            )
         params = sampling_params(
             temperature=float(values[self.temperature]),
             top_p=max(float(values[self.top_p]), _LEAST_TOP_P),
