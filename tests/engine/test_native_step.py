@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ SIZES = {
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "wide heads": ("Llama", {"head_dim": 64, "num_key_value_heads": 4}),
+    "wide heads": ("Llama", {"head_dim": 96, "num_key_value_heads": 4}),
     "biases": ("Qwen2", {}),
     "head norms": ("Qwen3", {"num_key_value_heads": 1}),
 }
@@ -57,14 +57,24 @@ ROWS = (
     ((0, 40), (1, 33), (2, 1), (3, 16), (3, 17)),
     tuple((1, p) for p in range(CONTEXT - 9, CONTEXT)),
 )
+# Prompts of more rows than a tile has, beside a single one.
+MANY = (*((0, p) for p in range(20, 40)), (2, 33), *((1, p) for p in range(18)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _where_it_can_be() -> None:
+@pytest.fixture(autouse=True, params=["tiles", "no tiles"])
+def _tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways a CPU may go, where this one can."""
     try:
-        native_library.native_library()
+        library = native_library.native_library()
     except NoNativeStep as error:
+        if "cannot be compiled" in str(error):
+            raise
         pytest.skip(f"there is no native step here: {error}")
+    wanted = request.param == "tiles"
+    if library.vlmchat_tiles(wanted) != wanted:
+        pytest.skip("this CPU has no tiles")
+    yield
+    library.vlmchat_tiles(True)
 
 
 class Pair:
@@ -91,6 +101,7 @@ class Pair:
                             setattr(part, name, packed)
         with torch.no_grad():
             self.lean, self.head = LeanModel(model.model, CONTEXT), fuse([model.lm_head])
+        self.quantized = quantization is not None
         self.embedding = model.model.embed_tokens
         cpu = torch.device("cpu")
         self.cache = KVCache(self.lean.shape, SLOTS, CONTEXT, torch.bfloat16, cpu)
@@ -132,7 +143,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_step_is_as_near_to_float32_as_torch_in_bfloat16(shape: str) -> None:
     pair = Pair(shape)
-    for rows in ROWS:
+    for rows in (*ROWS, MANY):
         exact, torch_, native = pair.torch(rows, exact=True), pair.torch(rows), pair.native(rows)
         assert (native - exact).norm() < 1.3 * (torch_ - exact).norm()
 
@@ -140,13 +151,13 @@ def test_native_step_is_as_near_to_float32_as_torch_in_bfloat16(shape: str) -> N
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_native_step_is_near_to_torchs_products_of_quantised_weights(quantization: str) -> None:
     pair = Pair("biases", quantization)
-    for rows in ROWS:
+    for rows in (*ROWS, MANY):
         torch_ = pair.torch(rows)
         assert (pair.native(rows) - torch_).norm() < 0.1 * torch_.norm()
 
 
 def test_native_step_gives_a_row_the_same_whatever_the_others_are(pair: Pair) -> None:
-    for rows in ROWS:
+    for rows in ROWS if pair.quantized else (*ROWS, MANY):
         together = pair.native(rows)
         assert torch.equal(together, torch.cat([pair.native([row]) for row in rows]))
 
@@ -170,7 +181,11 @@ def test_native_step_gives_the_last_rows_logits_alone_where_these_are_wanted(pai
     with torch.inference_mode():
         x, rotation = pair.embedding(torch.tensor(positions)), torch.tensor(positions)
         some = pair.step.run(x, pair.lean.rotation(rotation), slots, positions, 2)
-    assert torch.equal(some.float(), everything[-2:])
+        assert torch.equal(some.float(), everything[-2:])
+        kept = pair.cache.data.clone()
+        none = pair.step.run(x, pair.lean.rotation(rotation), slots, positions, 0)
+    assert none.shape == (0, VOCABULARY)
+    assert torch.equal(kept, pair.cache.data)
 
 
 def test_native_step_refuses_what_it_does_not_know() -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import platformdirs
 
-_SOURCE = Path(__file__).with_name("native_step.c")
+_SOURCES = Path(__file__).with_name("native")
 _CPU = Path("/proc/cpuinfo")
 _NEEDED = ("avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16")
 # Its OpenMP is torch's, so both share their threads, which must not be more than there are cores.
 _COMPILER = "gcc"
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# What uses tiles is compiled anywhere, and asks whether it may run.
+_FLAGS = ("-O3", "-march=native", "-mamx-tile", "-mamx-bf16", "-fopenmp", "-shared", "-fPIC")
 _TIME_S = 60.0
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 _FUNCTIONS = {
@@ -28,6 +29,7 @@ _FUNCTIONS = {
     "rotate": "pnnnnppi",
     "activate": "pnnpi",
     "add": "ppnni",
+    "tiles": "i",
 }
 
 
@@ -36,7 +38,7 @@ class NoNativeStep(Exception):
 
 
 def native_library() -> ctypes.CDLL:
-    """The functions of native_step.c. Raises NoNativeStep."""
+    """The functions of native/step.c. Raises NoNativeStep."""
     flags = _cpu_flags()
     if missing := [name for name in _NEEDED if name not in flags]:
         raise NoNativeStep(f"the CPU has no {missing[0]}")
@@ -46,7 +48,7 @@ def native_library() -> ctypes.CDLL:
         raise NoNativeStep(f"it cannot be compiled: {error}") from error
     for name, kinds in _FUNCTIONS.items():
         function = getattr(library, f"vlmchat_{name}")
-        function.argtypes, function.restype = [_KINDS[kind] for kind in kinds], None
+        function.argtypes = [_KINDS[kind] for kind in kinds]
     return library
 
 
@@ -60,7 +62,8 @@ def _cpu_flags() -> set[str]:
 
 def _compiled(cpu: str) -> Path:
     """The library's file. Raises NoNativeStep, OSError and SubprocessError."""
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join((*_FLAGS, cpu)).encode()).hexdigest()
+    sources = b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
+    key = hashlib.sha256(sources + " ".join((*_FLAGS, cpu)).encode()).hexdigest()
     folder = platformdirs.user_cache_path("vlmchat")
     library = folder / f"native-{key[:16]}.so"
     if not library.exists():
@@ -70,7 +73,7 @@ def _compiled(cpu: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / library.name
-            command = [compiler, *_FLAGS, "-o", str(fresh), str(_SOURCE)]
+            command = [compiler, *_FLAGS, "-o", str(fresh), str(_SOURCES / "step.c")]
             subprocess.run(command, check=True, capture_output=True, timeout=_TIME_S)
             fresh.rename(library)  # whole, or not at all
     return library

@@ -1,6 +1,6 @@
 """The operators between products in C: each in one pass, where torch takes several.
 
-Used by `lean.py` in place of `operators.py`, given by the static runner. See native_step.c.
+Used by `lean.py` in place of `operators.py`, given by the static runner. See native/step.c.
 """
 
 from __future__ import annotations

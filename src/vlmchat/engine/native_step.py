@@ -1,4 +1,4 @@
-"""A step of few rows in C, over the weights of a LeanModel as torch has packed them.
+"""A step in C, over the weights of a LeanModel as torch has packed them.
 
 Called by the static runner, which goes on with torch where this raises NoNativeStep. Beside torch
 it reads weights at the rate of the memory, spends nothing between the products, and gives a row the
@@ -21,9 +21,11 @@ from vlmchat.engine.native_operators import SILU
 from vlmchat.engine.packed import TILE, Int4Linear, Int8Linear, PrepackedLinear
 
 _KINDS = {PrepackedLinear: 0, Int8Linear: 1, Int4Linear: 2}
-# Up to so many rows it is faster than torch, whose products use the CPU's matrix units.
-_MAX_ROWS = {PrepackedLinear: 2, Int8Linear: 16, Int4Linear: 32}
-_INT8_BLOCK, _INT8_INPUTS = 16, 64  # outputs in a block; inputs that share a scale
+# Up to so many rows it is faster than torch: on CPUs with a matrix unit, and on others.
+_MAX_ROWS = 1024
+_MAX_ROWS_WITHOUT = {PrepackedLinear: 8, Int8Linear: 16, Int4Linear: 32}
+_INT8_BLOCK = 16  # outputs, at least
+_INT8_INPUTS = 64  # that share a scale
 _WIDEST_BLOCK = 64
 _ALIGNED = 64
 _SIZES = ("num_layers", "hidden", "heads", "kv_heads", "dim", "num_slots", "context")
@@ -85,7 +87,8 @@ class NativeStep:
         first: Any = lean.layers[0]
         if first.down.in_features % layers[0].gate_up.block:
             raise NoNativeStep("gate and up share a block")
-        self.max_rows = _MAX_ROWS[type(first.qkv)]
+        tiles = self._library.vlmchat_tiles(True)
+        self.max_rows = _MAX_ROWS if tiles else _MAX_ROWS_WITHOUT[type(first.qkv)]
         self._widest = max(first.qkv.in_features, first.output.in_features, first.down.in_features)
         self._inner = first.down.in_features
         self._vocabulary: int = head.out_features
@@ -105,7 +108,8 @@ class NativeStep:
             eps=lean.eps,
             scale=lean.scale,
         )
-        self._buffers: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._room = 0, 0  # rows and threads that the buffers are for
+        self._buffers: list[torch.Tensor] = []
 
     def run(
         self,
@@ -125,26 +129,29 @@ class NativeStep:
         cos, sin = (each.contiguous() for each in rotation)
         places = torch.tensor([slots, positions])
         logits = x.new_empty(num_logits, self._vocabulary, dtype=torch.bfloat16)
-        buffers = self._buffers.get((rows, threads)) or self._make_buffers(rows, threads)
-        addresses = [each.data_ptr() for each in (x, cos, sin, *places, logits, *buffers)]
-        step = _Step(rows, *addresses, buffers[-1].shape[1], rows - num_logits)
+        if rows > self._room[0] or threads > self._room[1]:
+            self._make_buffers(rows, threads)
+        addresses = [each.data_ptr() for each in (x, cos, sin, *places, logits, *self._buffers)]
+        step = _Step(rows, *addresses, self._buffers[-1].shape[1], rows - num_logits)
         model = ctypes.byref(self._model)
         self._library.vlmchat_step(model, ctypes.byref(step), threads)
         return logits
 
-    def _make_buffers(self, rows: int, threads: int) -> list[torch.Tensor]:
+    def _make_buffers(self, rows: int, threads: int) -> None:
         """In the order of _BUFFERS; the last: [threads, bytes]."""
         m = self._model
         own = rows * m.hidden * 2 + 2 * rows * _WIDEST_BLOCK * 4
-        own += max(rows * self._widest * 2, (m.context + 16) * 4)  # inputs in 8 bits, or scores
-        self._buffers[rows, threads] = [
+        # Inputs in 8 bits, a block of weights unpacked, or what attention takes (attention.h).
+        scores = 96 * (m.context + 32) + 64 * m.dim + 5120
+        own += max(_WIDEST_BLOCK * self._widest * 2, scores)
+        self._room = rows, threads
+        self._buffers = [
             torch.empty(rows, m.heads + 2 * m.kv_heads, m.dim),
             torch.empty(rows, m.heads, m.dim, dtype=torch.bfloat16),
             torch.empty(rows, m.heads, m.dim, dtype=torch.bfloat16),
             torch.empty(rows, self._inner, dtype=torch.bfloat16),
             torch.empty(threads, own + -own % _ALIGNED, dtype=torch.uint8),
         ]
-        return self._buffers[rows, threads]
 
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.contiguous()
@@ -167,7 +174,7 @@ class NativeStep:
             if scales.dtype is not torch.bfloat16 or not (int8 or layer.plain):
                 raise NoNativeStep("a quantised layer is not as it comes from 16 bits")
             matrix.weight, matrix.scales = self._address(layer.weight), self._address(scales)
-            matrix.block = _INT8_BLOCK if int8 else TILE
+            matrix.block = _INT8_BLOCK if int8 and layer.out_features % TILE else TILE
             matrix.group = _INT8_INPUTS if int8 else layer.group
         if layer.bias is not None:
             if layer.out_features % matrix.block:
