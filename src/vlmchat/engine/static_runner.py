@@ -293,7 +293,8 @@ class StaticRunner:
                 here = slice(skipped, skipped + len(places))
                 features, rows = self._vision.features(span), self._tensor(places)
                 x[rows] = features.pooled[here].to(x)
-                added.append(Added(rows, [layer[here] for layer in features.deepstack]))
+                if features.deepstack:
+                    added.append(Added(rows, [layer[here] for layer in features.deepstack]))
         return x, added
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
