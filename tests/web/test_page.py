@@ -18,6 +18,7 @@ from tests.fakes import ScriptedBackend, picture
 from tests.web.pages import Served, Workers, long_answer, scripted, served
 from vlmchat.config import ImagePolicy
 from vlmchat.errors import NetworkError
+from vlmchat.web.page import EXAMPLES
 
 Tab = Callable[..., Any]
 # Gradio and pandas remark on each other; vlmchat web ignores it too.
@@ -144,10 +145,13 @@ def test_theme_button_turns_the_page_dark_and_is_remembered(
     page: tuple[Served, Path], tab: Tab
 ) -> None:
     browser = tab(page[0].url, color_scheme="light")
-    browser.get_by_role("button", name="Dark", pressed=False).click()
+    browser.get_by_role("button", name="Dark mode").click()
     browser.locator("body.dark").wait_for()
     browser.reload()
-    browser.get_by_role("button", name="Dark", pressed=True).wait_for()
+    browser.locator("body.dark").wait_for()
+    browser.get_by_role("button", name="Light mode").click()
+    browser.locator("body:not(.dark)").wait_for()
+    assert browser.locator("#theme").inner_text() == "Dark"
 
 
 def test_page_keeps_the_conversation_when_an_answer_fails_and_retries_it(
@@ -172,14 +176,15 @@ def test_page_waits_for_a_model_and_names_one_that_went(tab: Tab) -> None:
         browser = tab(running.url)
         says(browser, "No model is there yet.", "#model-note")
         ask(browser, "hello")
-        says(browser, "No model is there yet", "[role=alert]")
+        says(browser, "No model is there at present", "[role=alert]")
         workers.there["late"] = scripted()
         browser.wait_for_function("document.querySelector('#model input').value == 'late'")
         browser.locator("#retry").click()
         says(browser, "You said: hello")
         workers.there.clear()
         ask(browser, "again")
-        says(browser, "The model late is not there at present", "[role=alert]")
+        says(browser, "The model late went away", "[role=alert]")
+        says(browser, "late has gone. This page goes on by itself", "#model-note")
         workers.there["late"] = scripted()
         browser.locator("#retry").click()
         says(browser, "You said: again")
@@ -226,6 +231,97 @@ def test_page_says_what_is_wrong_with_a_picture(page: tuple[Served, Path], tab: 
     ask(browser, "What is this?")
     says(browser, "Notes.jpg is text, not a picture", "[role=alert]")
     assert browser.locator("#question textarea").input_value() == "What is this?"
+
+
+def test_screen_readers_are_told_the_words_of_a_message_alone(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["A **red** one.\n\n- round"]
+    attach(browser, PNG)
+    ask(browser, "Is <b>this</b> `a<b`?")
+    says(browser, "round")
+    browser.locator('#chat [aria-label="A red one. round"]').wait_for()
+    labels = browser.locator("#chat [data-testid=user]").evaluate_all(
+        "found => found.map(e => e.ariaLabel)"
+    )
+    assert labels == ["picture: red.png, 8 × 6 pixels.", "Is <b>this</b> a<b?"]
+
+
+def test_changed_question_that_failed_is_in_the_box_and_can_be_corrected(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["fine", NetworkError("silent"), NetworkError("silent"), "better"]
+    ask(browser, "one")
+    says(browser, "fine")
+    browser.locator("#chat a.edit").click()
+    for text in ("wrong", "right"):
+        browser.wait_for_function("document.querySelector('#question textarea').value != ''")
+        ask(browser, text)
+        says(browser, text)
+        browser.wait_for_function(f"document.querySelector('#question textarea').value == '{text}'")
+    browser.locator("#question textarea").fill("quite right")
+    browser.locator("#retry").click()
+    says(browser, "better")
+    assert backend.seen[-1].pending.text == "quite right"
+    assert backend.seen[-1].turns == ()
+    browser.wait_for_function("document.querySelector('#question textarea').value == ''")
+
+
+@pytest.mark.parametrize("size", [(1280, 860), (1280, 720), (390, 844)])
+def test_question_and_buttons_are_on_the_screen_whatever_else_is(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab, size: tuple[int, int]
+) -> None:
+    browser = tab(page[0].url, viewport={"width": size[0], "height": size[1]})
+    backend.answers[:] = [long_answer(), NetworkError("silent")]
+    ask(browser, "one")
+    enabled(browser, "#undo")
+    ask(browser, "two")
+    browser.locator("#retry").wait_for()
+    for color in ("red", "blue", "green"):
+        browser.locator('#picture input[type="file"]').set_input_files(
+            [{**PNG, "name": f"{color}.png", "buffer": picture(color, color, (800, 600)).data}]
+        )
+        browser.locator(f"#waiting img[alt^='{color}.png']").wait_for()
+    for edited in (False, True):
+        if edited:
+            browser.locator("#chat a.edit").first.press("Enter")
+            says(browser, "Question 1, to be changed", "#question")
+        for control in ("#question", "#actions", "#waiting", "#chat"):
+            box = browser.locator(control).bounding_box()
+            assert box["y"] >= 0
+            assert box["y"] + box["height"] <= size[1], control
+        assert browser.locator("#chat").bounding_box()["height"] >= 100
+        if not edited:
+            retry, told = (browser.locator(i).bounding_box() for i in ("#retry", ".trouble"))
+            assert retry["width"] < 120
+            assert told["y"] <= retry["y"] + retry["height"] / 2 <= told["y"] + told["height"]
+
+
+def test_everything_to_touch_is_large_enough_on_a_phone(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url, viewport={"width": 390, "height": 844}, has_touch=True)
+    backend.answers[:] = ["```\ncode\n```"]
+    attach(browser, PNG)
+    ask(browser, "one")
+    enabled(browser, "#undo")
+    small = browser.evaluate(
+        """() => [...document.querySelectorAll('button, a')].filter(e => e.offsetParent)
+        .map(e => [e.getBoundingClientRect(), e.outerHTML.slice(0, 120)])
+        .filter(([box]) => Math.min(box.width, box.height) < 30).map(([, html]) => html)"""
+    )
+    assert small == []
+
+
+def test_page_takes_a_picture_that_is_also_an_example(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    name, _ = EXAMPLES[1]
+    for icon in page[0].page.examples[1].temp_files:
+        browser.locator('#picture input[type="file"]').set_input_files([icon])
+        browser.locator(f"#waiting img[alt^='{name}']").wait_for()
+        assert Path(icon).is_file()
 
 
 def test_page_refuses_a_picture_with_too_many_pixels(tab: Tab) -> None:
