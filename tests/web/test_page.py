@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.fakes import ScriptedBackend, picture
 from tests.web.pages import Served, Workers, long_answer, scripted, served
 from vlmchat.config import ImagePolicy
 from vlmchat.errors import NetworkError
+from vlmchat.web.moderation import Moderation
 from vlmchat.web.page import EXAMPLES
 
 Tab = Callable[..., Any]
@@ -233,6 +235,100 @@ def test_page_says_what_is_wrong_with_a_picture(page: tuple[Served, Path], tab: 
     assert browser.locator("#question textarea").input_value() == "What is this?"
 
 
+def test_file_that_is_no_conversation_is_told_of_kindly(
+    page: tuple[Served, Path], tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    file = {"name": "x.json", "mimeType": "application/json", "buffer": b"{}"}
+    browser.locator('input[type="file"][accept=".json"]').set_input_files([file])
+    says(browser, "This file is no exported conversation", "[role=alert]")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Another site: a picture, a page, and a service that judges questions."""
+
+    def do_GET(self) -> None:
+        a_page = self.path == "/page"
+        self._send("text/html" if a_page else "image/png", b"<p>hi" if a_page else picture().data)
+
+    def do_POST(self) -> None:
+        said = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        judged = {"results": [{"flagged": "bad" in said}]}
+        self._send("application/json", json.dumps(judged).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def _send(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "where", "told"),
+    [
+        ("p.png", False, "[role=alert]", "Pictures are fetched from public addresses only"),
+        ("page", True, "[role=alert]", "give the address of the picture itself"),
+        ("p.png", True, "#waiting-names", "/p.png"),
+    ],
+)
+def test_page_fetches_a_picture_by_its_address(
+    tab: Tab, elsewhere: str, name: str, allowed: bool, where: str, told: str
+) -> None:
+    policy = ImagePolicy(allow_private_urls=allowed, allow_local_files=False)
+    with served(Workers({"m": scripted()}), policy) as running:
+        browser = tab(running.url)
+        browser.locator("#address textarea").fill(f"{elsewhere}/{name}")
+        browser.locator("#address button").click()
+        says(browser, told, where)
+
+
+def test_question_that_moderation_flags_is_in_the_box_to_be_changed(
+    tab: Tab, elsewhere: str
+) -> None:
+    backend = scripted()
+    with served(Workers({"m": backend}), moderation=Moderation(elsewhere, None)) as running:
+        browser = tab(running.url)
+        attach(browser, PNG)
+        ask(browser, "a bad one")
+        says(browser, "This question breaks the rules of this page", "[role=alert]")
+        browser.wait_for_function(
+            "document.querySelector('#question textarea').value == 'a bad one'"
+        )
+        ask(browser, "a good one")
+        says(browser, "You said: a good one")
+    (asked,) = backend.seen
+    assert (len(asked.turns), len(asked.images)) == (0, 1)
+
+
+def test_page_takes_a_picture_by_the_camera(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url, permissions=["camera"])
+    browser.get_by_role("button", name="Capture from camera").click()
+    browser.get_by_text("Click to Access Webcam").click()
+    browser.get_by_role("button", name="capture photo").click()
+    browser.locator("#waiting img").wait_for()
+
+
+def test_page_refuses_a_file_with_too_many_bytes(tab: Tab) -> None:
+    policy = ImagePolicy(max_bytes=1000, allow_local_files=False)
+    with served(Workers({"m": scripted()}), policy) as running:
+        browser = tab(running.url)
+        file = {**PNG, "buffer": bytes(2000)}
+        browser.locator('#picture input[type="file"]').set_input_files([file])
+        says(browser, "maximum allowed size", ".toast-body")
+
+
 def test_screen_readers_are_told_the_words_of_a_message_alone(
     page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
 ) -> None:
@@ -342,7 +438,7 @@ def test_votes_and_chats_are_logged_as_llava_does(page: tuple[Served, Path], tab
     says(browser, "You said: vote for me")
     enabled(browser, "#upvote")
     browser.locator("#upvote").click()
-    browser.locator("#upvote[disabled]").wait_for()
+    browser.get_by_role("button", name="✓ Good answer", disabled=True).wait_for()
     (file,) = logs.glob("*-conv.json")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     chat, vote = [r for r in records if "vote for me" in str(r)]

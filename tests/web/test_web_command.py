@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,21 +28,22 @@ Start = Callable[..., dict[str, Any]]
 def program(*arguments: str) -> Iterator[dict[str, Any]]:
     """`vlmchat …` until the `with` ends; gives what it says once it is ready."""
     command = [sys.executable, "-m", "vlmchat", *arguments, "--json"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield {**json.loads(process.stdout.readline()), "process": process}
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True
+        )
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+            assert process.stdout is not None
+            yield {**json.loads(process.stdout.readline()), "process": process, "stderr": said}
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 @pytest.fixture
@@ -128,3 +130,15 @@ def test_conversation_outlives_the_workers_of_its_model(start: Start, tab: Tab) 
     browser.locator("#model-note b").wait_for(state="detached", timeout=30_000)
     browser.locator("#retry").click()
     says(browser, "in the top right", "#chat .bot >> nth=2")
+
+
+def test_web_ends_without_a_stack_while_a_page_is_open(start: Start, tab: Tab) -> None:
+    web = start("web", "--controller-url", "http://127.0.0.1:9", "--port", "0")
+    browser = tab(web["url"])
+    says(browser, "The server does not answer.", "#model-note")
+    web["process"].send_signal(signal.SIGINT)
+    assert web["process"].wait(30) == 0
+    web["stderr"].seek(0)
+    told = web["stderr"].read()
+    assert "no list of models from http://127.0.0.1:9" in told
+    assert "Traceback" not in told

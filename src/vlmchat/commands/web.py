@@ -177,6 +177,8 @@ async def _serve(
 
     async def drain() -> None:
         people.close()
+        # Pages that are open still are cut off; uvicorn would print a stack for each.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     server = serve.Server(app, drain)
     server.config.lifespan = "on"

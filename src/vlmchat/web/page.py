@@ -40,6 +40,11 @@ EXAMPLES = (
     ("two-circles.png", "How many shapes are there?"),
 )
 _FOLDER = Path(__file__).parent / "examples"
+VOTES: dict[Vote, str] = {
+    "upvote": "Good answer",
+    "downvote": "Bad answer",
+    "flag": "Flag",
+}
 _LEAST_TOP_P = 0.01  # 0 on the slider: the likeliest tokens only
 TITLE = (
     "<div><h1>vlmchat</h1><p>Ask a vision-language model about pictures.</p></div>"
@@ -210,11 +215,7 @@ class Page:
             self.undo = button("Undo", elem_id="undo")
             self.clear = button("Clear", elem_id="clear")
             votes = partial(button, visible=self._log is not None)
-            self.votes: dict[Vote, gr.Button] = {
-                "upvote": votes("Good answer", elem_id="upvote"),
-                "downvote": votes("Bad answer", elem_id="downvote"),
-                "flag": votes("Flag", elem_id="flag"),
-            }
+            self.votes = {kind: votes(label, elem_id=kind) for kind, label in VOTES.items()}
         self.facts = gr.HTML("", elem_id="facts")
         self.edit_at = gr.Button("Edit an earlier question", elem_id="edit-at")  # see EDIT_AT
         self.which = gr.Number(label="Which", elem_id="which")
@@ -285,7 +286,13 @@ class Page:
             self.clear: gr.update(interactive=(asked or bool(names)) and not busy),
             self.facts: markup.facts(person),
             self.question: gr.update(label=label),
-            **{vote: gr.update(interactive=voting) for vote in self.votes.values()},
+            **{
+                vote: gr.update(
+                    interactive=voting,
+                    value=f"{'✓ ' if person.voted == kind else ''}{VOTES[kind]}",
+                )
+                for kind, vote in self.votes.items()
+            },
         }
 
     def _told(self, person: Person, error: VlmchatError) -> Updates:
@@ -390,7 +397,7 @@ class Page:
         if person.answered is not before and person.answered is not None and self._log:
             self._write(self._log.chat, person.conversation, person.answered, _ip(request))
         view = self._view(person)
-        if person.edited is not None:  # a change that failed
+        if person.edited is not None:  # it is to be changed before it is asked again
             label = view[self.question]["label"]
             view[self.question] = self._filled(person.edited.question.text, label)
         else:  # what has been typed meanwhile stays
@@ -592,7 +599,10 @@ class Page:
         try:
             return read_file(path, self._loader)
         except SessionError as error:
-            raise SessionError(error.message.replace(str(path), "the file")) from None
+            logger.warning("an import failed: %s", error.message)
+            raise SessionError(
+                "this file is no exported conversation, is broken, or is of a newer version"
+            ) from None
         finally:
             self._remove(path)
 

@@ -86,7 +86,7 @@ class Person:
         self.touched = time.monotonic()
         self._loader = loader
         self._reply: Reply | None = None
-        self._stopped = False
+        self._stopped, self._refused = False, False
         self._turn_lock = threading.Lock()
         self._originals: dict[Image, Image] = {}
         self._shown: dict[str, bytes] = {}  # of small pictures, by sha256
@@ -102,7 +102,7 @@ class Person:
         """Ask with the pictures that wait; yields when there is something new to show.
 
         Never raises but InvalidRequest, for a question that cannot be; what goes wrong with the
-        answer is in `trouble`.
+        answer is in `trouble`. A question that was refused is taken up, as by `edit`.
         """
         if not text.strip():
             raise InvalidRequest("type a question first")
@@ -111,6 +111,8 @@ class Person:
             images = self.open.question.images + images
         question = Message("user", text, tuple(dict.fromkeys(images)))
         yield from self._turn(Open(self.conversation, question, False), find, wishes)
+        if self.open is not None and self._refused:
+            self._take_up(self.open)
 
     def again(self, find: Find, wishes: Wishes) -> Iterator[None]:
         """Ask the last question once more: the old answer stays if the new one fails."""
@@ -152,7 +154,8 @@ class Person:
             yield
             yield from self._answer(asked, find, wishes)
         except VlmchatError as error:
-            if not isinstance(error, (InvalidRequest, Forbidden)):
+            self._refused = isinstance(error, (InvalidRequest, Forbidden))
+            if not self._refused:
                 logger.warning("an answer of %s failed: %s", wishes.model, error.message)
             self._fail(asked, told(error, wishes.model))
         except Exception:  # a bug: told in words, and the conversation stays
@@ -165,7 +168,7 @@ class Person:
     def _begin(self, asked: Open) -> None:
         self.under_way, self.edited = asked, None
         self.partial, self.trouble, self.voted = "", "", ""
-        self._stopped = False
+        self._stopped, self._refused = False, False
         self.waiting = tuple(i for i in self.waiting if i not in asked.question.images)
 
     def _fail(self, asked: Open, message: str) -> None:
