@@ -481,6 +481,9 @@ def test_page_fits_a_phone(page: tuple[Served, Path], tab: Tab) -> None:
     assert browser.evaluate("document.documentElement.scrollWidth") <= 375
     chat, model = (browser.locator(i).bounding_box() for i in ("#chat", "#model"))
     assert chat["y"] < model["y"]
+    browser.locator("#examples button").last.click()
+    browser.locator("#waiting img").wait_for()
+    assert browser.locator("#chat").bounding_box()["y"] >= 0
 
 
 def test_page_can_be_used_by_keyboard_alone(page: tuple[Served, Path], tab: Tab) -> None:

@@ -78,6 +78,7 @@ def ask(tab: Any, text: str) -> None:
 
 def keep(tab: Any, name: str) -> None:
     if folder := os.environ.get("PAGE_PICTURES"):
+        tab.evaluate("scrollTo(0, 0)")
         tab.wait_for_timeout(800)
         tab.screenshot(path=Path(folder) / f"{name}.png")
 

@@ -36,7 +36,7 @@ _CSP = (
 THREADS_BESIDE_ANSWERS = 32
 
 CSS = """
-.gradio-container { max-width: 1400px !important; }
+.gradio-container, .gradio-container .fillable { max-width: 1400px !important; }
 #columns { align-items: flex-start; }
 #left, #right { gap: .6rem; }
 #left .html-container, #right .html-container { padding: 0; }
@@ -94,6 +94,9 @@ a.export { display: block; text-align: center; text-decoration: none; }
 *:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px; }
 #question textarea:focus-visible { outline-width: 2px !important; border-radius: .3rem; }
 #question textarea { padding-inline: .4rem; }
+#question .submit-button { background: var(--button-primary-background-fill);
+  color: var(--button-primary-text-color); }
+#parameters :is(.min_value, .max_value) { color: var(--block-info-text-color); }
 @media (max-width: 700px) {
   #right { order: -1; }
   #title p { display: none; }
@@ -138,9 +141,16 @@ JS = """() => {
   };
   if (kept() && !new URL(location).searchParams.has("__theme"))
     document.body.classList.toggle("dark", kept() === "dark");
-  name();
+  let waiting = 0;
+  const look = () => {  // a picture that was added far down on a phone is shown where it waits
+    const now = document.querySelectorAll("#waiting img").length;
+    if (now > waiting) document.querySelector("#right").scrollIntoView({ block: "nearest" });
+    waiting = now;
+    name();
+  };
+  look();
   const changes = { childList: true, subtree: true, attributeFilter: ["aria-label"] };
-  new MutationObserver(name).observe(document.body, changes);
+  new MutationObserver(look).observe(document.body, changes);
   new MutationObserver(name).observe(document.body, { attributeFilter: ["class"] });
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#theme"))
@@ -220,7 +230,7 @@ def site(
         mcp_server=False,
         theme=gr.themes.Default(
             primary_hue="blue", font=fonts, font_mono=[Font("ui-monospace"), Font("monospace")]
-        ),
+        ).set(**_LEGIBLE),
         css=CSS,
         js=JS,
     )
@@ -228,6 +238,15 @@ def site(
     return Guard(app, only_local=only_local, ancestors="*" if embed else "'self'")
 
 
+# Gradio's own are too pale to be read by all (WCAG 1.4.3).
+_LEGIBLE = {
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "block_info_text_color": "*neutral_500",
+    "block_info_text_color_dark": "*neutral_400",
+}
 _PRIVATE = {"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"}
 
 
