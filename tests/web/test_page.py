@@ -316,6 +316,7 @@ def test_page_takes_a_picture_by_the_camera(page: tuple[Served, Path], tab: Tab)
     browser = tab(page[0].url, permissions=["camera"])
     browser.get_by_role("button", name="Capture from camera").click()
     browser.get_by_text("Click to Access Webcam").click()
+    browser.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
     browser.get_by_role("button", name="capture photo").click()
     browser.locator("#waiting img").wait_for()
 
@@ -327,6 +328,17 @@ def test_page_refuses_a_file_with_too_many_bytes(tab: Tab) -> None:
         file = {**PNG, "buffer": bytes(2000)}
         browser.locator('#picture input[type="file"]').set_input_files([file])
         says(browser, "maximum allowed size", ".toast-body")
+
+
+def test_page_names_its_own_control_for_a_seed_that_cannot_be(
+    page: tuple[Served, Path], tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    browser.get_by_role("button", name="Parameters").click()
+    browser.get_by_label("Seed", exact=True).fill(str(2**63))
+    ask(browser, "one")
+    says(browser, "Seed is '9223372036854775808'; it must be a whole number", "[role=alert]")
+    assert browser.locator("#question textarea").input_value() == "one"
 
 
 def test_screen_readers_are_told_the_words_of_a_message_alone(
@@ -360,8 +372,9 @@ def test_changed_question_that_failed_is_in_the_box_and_can_be_corrected(
     browser.locator("#question textarea").fill("quite right")
     browser.locator("#retry").click()
     says(browser, "better")
-    assert backend.seen[-1].pending.text == "quite right"
-    assert backend.seen[-1].turns == ()
+    asked = backend.seen[-1]
+    assert asked.pending is not None
+    assert (asked.pending.text, asked.turns) == ("quite right", ())
     browser.wait_for_function("document.querySelector('#question textarea').value == ''")
 
 

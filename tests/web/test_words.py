@@ -111,7 +111,7 @@ CASES: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: Pictures(SMALL, 1).fetch(Source("http://127.0.0.1:9/p.png", "the picture")),
-        "pictures are fetched from public addresses only; save it and add the file",
+        "pictures are fetched from public addresses only; save this one and add its file",
     ),
     (
         _raised(DownloadFailed("the picture: not received within 9 s; raise --image-timeout")),

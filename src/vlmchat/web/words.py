@@ -33,7 +33,7 @@ _CONTROLS = {
     r"--system": SYSTEM,
 }
 _SHORT: dict[type[VlmchatError], str] = {
-    FetchRefused: "pictures are fetched from public addresses only; save it and add the file",
+    FetchRefused: "pictures are fetched from public addresses only; save this one and add its file",
     Unauthorized: "the server does not take this page's key; whoever runs the page must change it",
     Overloaded: "the server is busy; try again in a moment",
     OutOfMemory: "there was not enough memory for this; use fewer or smaller pictures, "
