@@ -30,7 +30,9 @@ def chromium() -> Iterator[Any]:
             pytest.fail("no Chromium is installed, and NEEDS_BROWSER is set")
         pytest.skip("no Chromium is installed: the page was not looked at in a browser")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+        args = ["--no-sandbox", *camera]
+        browser = playwright.chromium.launch(executable_path=path, args=args)
         yield browser
         browser.close()
 

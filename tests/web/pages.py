@@ -29,13 +29,13 @@ class Workers:
     """Models that come and go as a test says."""
 
     there: dict[str, Backend] = field(default_factory=dict)
-    seen: list[str] = field(default_factory=list)
+    seen: tuple[str, ...] = ()
     trouble: str = ""
 
     def names(self) -> tuple[str, ...]:
         """See `Models`."""
-        self.seen += [name for name in self.there if name not in self.seen]
-        return tuple(self.seen)
+        self.seen = tuple(dict.fromkeys((*self.seen, *self.there)))
+        return self.seen
 
     def present(self) -> tuple[str, ...]:
         """See `Models`."""
@@ -74,11 +74,8 @@ def served(
     loader = ImageLoader(policy)
     people = People(loader)
     log = ConversationLog(log_dir) if log_dir else None
-    page = Page(
-        models, people, loader, Pictures(policy, 16), PageOptions(embed=embed), log, moderation
-    )
-    app = site(page, people, policy, answers=4, only_local=True, embed=embed)
-    made: list[tuple[asyncio.AbstractEventLoop, Server]] = []
+    pictures, options = Pictures(policy, 16), PageOptions(embed=embed)
+    made: list[tuple[asyncio.AbstractEventLoop, Server, Page]] = []
     started = threading.Event()
     sock = bind("127.0.0.1", 0)
 
@@ -86,10 +83,12 @@ def served(
         async def drain() -> None:
             people.close()
 
+        page = Page(models, people, loader, pictures, options, log, moderation)
+        app = site(page, people, policy, answers=4, only_local=True, embed=embed)
         server = Server(app, drain)
         server.config.lifespan = "on"
         server.config.timeout_graceful_shutdown = 1
-        made.append((asyncio.get_running_loop(), server))
+        made.append((asyncio.get_running_loop(), server, page))
         started.set()
         await server.run_on(sock)
 
@@ -97,9 +96,9 @@ def served(
     thread.start()
     try:
         assert started.wait(20)
-        yield Served(f"http://127.0.0.1:{port_of(sock)}", people, page)
+        yield Served(f"http://127.0.0.1:{port_of(sock)}", people, made[0][2])
     finally:
-        loop, server = made[0]
+        loop, server, _ = made[0]
         loop.call_soon_threadsafe(server.stop)
         thread.join(20)
         sock.close()

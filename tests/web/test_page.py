@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.fakes import ScriptedBackend, picture
 from tests.web.pages import Served, Workers, long_answer, scripted, served
 from vlmchat.config import ImagePolicy
 from vlmchat.errors import NetworkError
+from vlmchat.web.moderation import Moderation
+from vlmchat.web.page import EXAMPLES
 
 Tab = Callable[..., Any]
 # Gradio and pandas remark on each other; vlmchat web ignores it too.
@@ -144,10 +147,13 @@ def test_theme_button_turns_the_page_dark_and_is_remembered(
     page: tuple[Served, Path], tab: Tab
 ) -> None:
     browser = tab(page[0].url, color_scheme="light")
-    browser.get_by_role("button", name="Dark", pressed=False).click()
+    browser.get_by_role("button", name="Dark mode").click()
     browser.locator("body.dark").wait_for()
     browser.reload()
-    browser.get_by_role("button", name="Dark", pressed=True).wait_for()
+    browser.locator("body.dark").wait_for()
+    browser.get_by_role("button", name="Light mode").click()
+    browser.locator("body:not(.dark)").wait_for()
+    assert browser.locator("#theme").inner_text() == "Dark"
 
 
 def test_page_keeps_the_conversation_when_an_answer_fails_and_retries_it(
@@ -172,14 +178,15 @@ def test_page_waits_for_a_model_and_names_one_that_went(tab: Tab) -> None:
         browser = tab(running.url)
         says(browser, "No model is there yet.", "#model-note")
         ask(browser, "hello")
-        says(browser, "No model is there yet", "[role=alert]")
+        says(browser, "No model is there at present", "[role=alert]")
         workers.there["late"] = scripted()
         browser.wait_for_function("document.querySelector('#model input').value == 'late'")
         browser.locator("#retry").click()
         says(browser, "You said: hello")
         workers.there.clear()
         ask(browser, "again")
-        says(browser, "The model late is not there at present", "[role=alert]")
+        says(browser, "The model late went away", "[role=alert]")
+        says(browser, "late has gone. This page goes on by itself", "#model-note")
         workers.there["late"] = scripted()
         browser.locator("#retry").click()
         says(browser, "You said: again")
@@ -228,6 +235,204 @@ def test_page_says_what_is_wrong_with_a_picture(page: tuple[Served, Path], tab: 
     assert browser.locator("#question textarea").input_value() == "What is this?"
 
 
+def test_file_that_is_no_conversation_is_told_of_kindly(
+    page: tuple[Served, Path], tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    file = {"name": "x.json", "mimeType": "application/json", "buffer": b"{}"}
+    browser.locator('input[type="file"][accept=".json"]').set_input_files([file])
+    says(browser, "This file is no exported conversation", "[role=alert]")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Another site: a picture, a page, and a service that judges questions."""
+
+    def do_GET(self) -> None:
+        a_page = self.path == "/page"
+        self._send("text/html" if a_page else "image/png", b"<p>hi" if a_page else picture().data)
+
+    def do_POST(self) -> None:
+        said = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        judged = {"results": [{"flagged": "bad" in said}]}
+        self._send("application/json", json.dumps(judged).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def _send(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "where", "told"),
+    [
+        ("p.png", False, "[role=alert]", "Pictures are fetched from public addresses only"),
+        ("page", True, "[role=alert]", "give the address of the picture itself"),
+        ("p.png", True, "#waiting-names", "/p.png"),
+    ],
+)
+def test_page_fetches_a_picture_by_its_address(
+    tab: Tab, elsewhere: str, name: str, allowed: bool, where: str, told: str
+) -> None:
+    policy = ImagePolicy(allow_private_urls=allowed, allow_local_files=False)
+    with served(Workers({"m": scripted()}), policy) as running:
+        browser = tab(running.url)
+        browser.locator("#address textarea").fill(f"{elsewhere}/{name}")
+        browser.locator("#address button").click()
+        says(browser, told, where)
+
+
+def test_question_that_moderation_flags_is_in_the_box_to_be_changed(
+    tab: Tab, elsewhere: str
+) -> None:
+    backend = scripted()
+    with served(Workers({"m": backend}), moderation=Moderation(elsewhere, None)) as running:
+        browser = tab(running.url)
+        attach(browser, PNG)
+        ask(browser, "a bad one")
+        says(browser, "This question breaks the rules of this page", "[role=alert]")
+        browser.wait_for_function(
+            "document.querySelector('#question textarea').value == 'a bad one'"
+        )
+        ask(browser, "a good one")
+        says(browser, "You said: a good one")
+    (asked,) = backend.seen
+    assert (len(asked.turns), len(asked.images)) == (0, 1)
+
+
+def test_page_takes_a_picture_by_the_camera(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url, permissions=["camera"])
+    browser.get_by_role("button", name="Capture from camera").click()
+    browser.get_by_text("Click to Access Webcam").click()
+    browser.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
+    browser.get_by_role("button", name="capture photo").click()
+    browser.locator("#waiting img").wait_for()
+
+
+def test_page_refuses_a_file_with_too_many_bytes(tab: Tab) -> None:
+    policy = ImagePolicy(max_bytes=1000, allow_local_files=False)
+    with served(Workers({"m": scripted()}), policy) as running:
+        browser = tab(running.url)
+        file = {**PNG, "buffer": bytes(2000)}
+        browser.locator('#picture input[type="file"]').set_input_files([file])
+        says(browser, "maximum allowed size", ".toast-body")
+
+
+def test_page_names_its_own_control_for_a_seed_that_cannot_be(
+    page: tuple[Served, Path], tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    browser.get_by_role("button", name="Parameters").click()
+    browser.get_by_label("Seed", exact=True).fill(str(2**63))
+    ask(browser, "one")
+    says(browser, "Seed is '9223372036854775808'; it must be a whole number", "[role=alert]")
+    assert browser.locator("#question textarea").input_value() == "one"
+
+
+def test_screen_readers_are_told_the_words_of_a_message_alone(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["A **red** one.\n\n- round"]
+    attach(browser, PNG)
+    ask(browser, "Is <b>this</b> `a<b`?")
+    says(browser, "round")
+    browser.locator('#chat [aria-label="A red one. round"]').wait_for()
+    labels = browser.locator("#chat [data-testid=user]").evaluate_all(
+        "found => found.map(e => e.ariaLabel)"
+    )
+    assert labels == ["picture: red.png, 8 × 6 pixels.", "Is <b>this</b> a<b?"]
+
+
+def test_changed_question_that_failed_is_in_the_box_and_can_be_corrected(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url)
+    backend.answers[:] = ["fine", NetworkError("silent"), NetworkError("silent"), "better"]
+    ask(browser, "one")
+    says(browser, "fine")
+    browser.locator("#chat a.edit").click()
+    for text in ("wrong", "right"):
+        browser.wait_for_function("document.querySelector('#question textarea').value != ''")
+        ask(browser, text)
+        says(browser, text)
+        browser.wait_for_function(f"document.querySelector('#question textarea').value == '{text}'")
+    browser.locator("#question textarea").fill("quite right")
+    browser.locator("#retry").click()
+    says(browser, "better")
+    asked = backend.seen[-1]
+    assert asked.pending is not None
+    assert (asked.pending.text, asked.turns) == ("quite right", ())
+    browser.wait_for_function("document.querySelector('#question textarea').value == ''")
+
+
+@pytest.mark.parametrize("size", [(1280, 860), (1280, 720), (390, 844)])
+def test_question_and_buttons_are_on_the_screen_whatever_else_is(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab, size: tuple[int, int]
+) -> None:
+    browser = tab(page[0].url, viewport={"width": size[0], "height": size[1]})
+    backend.answers[:] = [long_answer(), NetworkError("silent")]
+    ask(browser, "one")
+    enabled(browser, "#undo")
+    ask(browser, "two")
+    browser.locator("#retry").wait_for()
+    for color in ("red", "blue", "green"):
+        browser.locator('#picture input[type="file"]').set_input_files(
+            [{**PNG, "name": f"{color}.png", "buffer": picture(color, color, (800, 600)).data}]
+        )
+        browser.locator(f"#waiting img[alt^='{color}.png']").wait_for()
+    for edited in (False, True):
+        if edited:
+            browser.locator("#chat a.edit").first.press("Enter")
+            says(browser, "Question 1, to be changed", "#question")
+        for control in ("#question", "#actions", "#waiting", "#chat"):
+            box = browser.locator(control).bounding_box()
+            assert box["y"] >= 0
+            assert box["y"] + box["height"] <= size[1], control
+        assert browser.locator("#chat").bounding_box()["height"] >= 100
+        if not edited:
+            retry, told = (browser.locator(i).bounding_box() for i in ("#retry", ".trouble"))
+            assert retry["width"] < 120
+            assert told["y"] <= retry["y"] + retry["height"] / 2 <= told["y"] + told["height"]
+
+
+def test_everything_to_touch_is_large_enough_on_a_phone(
+    page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab
+) -> None:
+    browser = tab(page[0].url, viewport={"width": 390, "height": 844}, has_touch=True)
+    backend.answers[:] = ["```\ncode\n```"]
+    attach(browser, PNG)
+    ask(browser, "one")
+    enabled(browser, "#undo")
+    small = browser.evaluate(
+        """() => [...document.querySelectorAll('button, a')].filter(e => e.offsetParent)
+        .map(e => [e.getBoundingClientRect(), e.outerHTML.slice(0, 120)])
+        .filter(([box]) => Math.min(box.width, box.height) < 30).map(([, html]) => html)"""
+    )
+    assert small == []
+
+
+def test_page_takes_a_picture_that_is_also_an_example(page: tuple[Served, Path], tab: Tab) -> None:
+    browser = tab(page[0].url)
+    name, _ = EXAMPLES[1]
+    for icon in page[0].page.examples[1].temp_files:
+        browser.locator('#picture input[type="file"]').set_input_files([icon])
+        browser.locator(f"#waiting img[alt^='{name}']").wait_for()
+        assert Path(icon).is_file()
+
+
 def test_page_refuses_a_picture_with_too_many_pixels(tab: Tab) -> None:
     file = BytesIO()
     PILImage.new("RGB", (400, 300)).save(file, "PNG")
@@ -246,7 +451,7 @@ def test_votes_and_chats_are_logged_as_llava_does(page: tuple[Served, Path], tab
     says(browser, "You said: vote for me")
     enabled(browser, "#upvote")
     browser.locator("#upvote").click()
-    browser.locator("#upvote[disabled]").wait_for()
+    browser.get_by_role("button", name="✓ Good answer", disabled=True).wait_for()
     (file,) = logs.glob("*-conv.json")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     chat, vote = [r for r in records if "vote for me" in str(r)]
@@ -289,6 +494,9 @@ def test_page_fits_a_phone(page: tuple[Served, Path], tab: Tab) -> None:
     assert browser.evaluate("document.documentElement.scrollWidth") <= 375
     chat, model = (browser.locator(i).bounding_box() for i in ("#chat", "#model"))
     assert chat["y"] < model["y"]
+    browser.locator("#examples button").last.click()
+    browser.locator("#waiting img").wait_for()
+    assert browser.locator("#chat").bounding_box()["y"] >= 0
 
 
 def test_page_can_be_used_by_keyboard_alone(page: tuple[Served, Path], tab: Tab) -> None:

@@ -123,7 +123,7 @@ def test_failed_turn_keeps_the_conversation_and_its_question() -> None:
     person.attach(picture())
     ask(person, backend, "two")
     assert [turn.answer for turn in person.conversation.turns] == ["fine"]
-    assert person.trouble == "gone"
+    assert person.trouble.startswith("the model has stopped")
     again(person, backend)
     assert person.conversation.turns[1].user.images == (picture(),)
     assert person.trouble == ""
@@ -244,16 +244,20 @@ def test_concurrent_stop_reaches_the_answer_under_way() -> None:
     assert person.conversation.turns[0].interrupted
 
 
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
-        (
-            "p.png is 9x9 pixels; resize it or raise --max-image-pixels",
-            "P.png is 9x9 pixels; resize it.",
-        ),
-        ("it is slow; --server-timeout", "It is slow."),
-        ("shorten it, or lower --max-new-tokens", "Shorten it, or lower the longest answer."),
-    ],
-)
-def test_trouble_names_no_option_of_the_program(message: str, told: str) -> None:
-    assert f">{told}<" in markup.trouble(message)
+def test_changed_question_that_failed_is_taken_up_again_until_it_is_left() -> None:
+    person, backend = Person(LOADER), ScriptedBackend(["fine", EngineDead("gone")])
+    person.attach(picture())
+    ask(person, backend, "one")
+    change(person, backend, 0, "other")
+    assert person.edited is not None
+    assert (person.edited.question.text, person.waiting) == ("other", (picture(),))
+    person.leave_unchanged()
+    assert (person.open, person.waiting, person.trouble) == (None, (), "")
+    assert [said["role"] for said in markup.messages(person)] == ["user", "user", "assistant"]
+
+
+def test_picture_added_after_a_failed_answer_leaves_what_is_told_of_it() -> None:
+    person = Person(LOADER)
+    ask(person, ScriptedBackend([EngineDead("gone")]))
+    person.attach(picture())
+    assert person.trouble.startswith("the model has stopped")

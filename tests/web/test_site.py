@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +65,7 @@ def test_page_opens_no_file_of_this_machine_for_a_browser(
 
 def test_page_fetches_no_private_address(http: httpx2.Client, page: Served) -> None:
     told = _event(http, "address.submit", [f"{page.url}/config"], "tab3")
-    assert "this address may not be fetched" in told
+    assert "fetched from public addresses only" in told
 
 
 def test_files_beside_the_page_are_not_served(http: httpx2.Client, tmp_path: Path) -> None:
@@ -93,6 +95,17 @@ def test_page_may_stand_in_frames_when_embedded() -> None:
     with served(Workers(), embed=True) as running:
         told = httpx2.get(running.url, trust_env=False, timeout=20)
     assert "frame-ancestors *" in told.headers["content-security-policy"]
+
+
+def test_page_leaves_no_event_loop_open() -> None:
+    def loops() -> set[int]:
+        found = (o for o in gc.get_objects() if isinstance(o, asyncio.BaseEventLoop))
+        return {id(loop) for loop in found if not loop.is_closed()}
+
+    before = loops()
+    with served(Workers()):
+        pass
+    assert loops() <= before
 
 
 def test_icons_of_the_examples_outlive_the_cleaning_of_uploads(page: Served) -> None:

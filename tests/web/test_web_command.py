@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,21 +28,22 @@ Start = Callable[..., dict[str, Any]]
 def program(*arguments: str) -> Iterator[dict[str, Any]]:
     """`vlmchat …` until the `with` ends; gives what it says once it is ready."""
     command = [sys.executable, "-m", "vlmchat", *arguments, "--json"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield {**json.loads(process.stdout.readline()), "process": process}
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True
+        )
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+            assert process.stdout is not None
+            yield {**json.loads(process.stdout.readline()), "process": process, "stderr": said}
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 @pytest.fixture
@@ -76,6 +78,7 @@ def ask(tab: Any, text: str) -> None:
 
 def keep(tab: Any, name: str) -> None:
     if folder := os.environ.get("PAGE_PICTURES"):
+        tab.evaluate("scrollTo(0, 0)")
         tab.wait_for_timeout(800)
         tab.screenshot(path=Path(folder) / f"{name}.png")
 
@@ -122,9 +125,21 @@ def test_conversation_outlives_the_workers_of_its_model(start: Start, tab: Tab) 
     os.kill(workers[left].pid, signal.SIGKILL)
     ask(browser, "Where is the star?")
     says(browser, "The model demo went away", "[role=alert]")
-    says(browser, "This page looks again by itself", "#model-note")
+    says(browser, "This page goes on by itself", "#model-note")
     assert "red circle" in browser.locator("#chat").inner_text()
     start("worker", *where)
     browser.locator("#model-note b").wait_for(state="detached", timeout=30_000)
     browser.locator("#retry").click()
     says(browser, "in the top right", "#chat .bot >> nth=2")
+
+
+def test_web_ends_without_a_stack_while_a_page_is_open(start: Start, tab: Tab) -> None:
+    web = start("web", "--controller-url", "http://127.0.0.1:9", "--port", "0")
+    browser = tab(web["url"])
+    says(browser, "The server does not answer.", "#model-note")
+    web["process"].send_signal(signal.SIGINT)
+    assert web["process"].wait(30) == 0
+    web["stderr"].seek(0)
+    told = web["stderr"].read()
+    assert "no list of models from http://127.0.0.1:9" in told
+    assert "Traceback" not in told

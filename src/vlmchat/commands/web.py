@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -155,18 +155,30 @@ def _run(
     people = People(loader)
     chosen = page.PageOptions(options.concurrency_count, options.embed)
     log = ConversationLog(options.log_dir) if options.log_dir is not None else None
-    whole = page.Page(models, people, loader, pictures, chosen, log, moderation)
     only_local = is_loopback(sock) and not options.share
     answers = options.concurrency_count
-    app = site(whole, people, policy, answers=answers, only_local=only_local, embed=options.embed)
-    asyncio.run(_serve(app, sock, people, options))
+
+    def build() -> ASGIApp:
+        whole = page.Page(models, people, loader, pictures, chosen, log, moderation)
+        return site(
+            whole, people, policy, answers=answers, only_local=only_local, embed=options.embed
+        )
+
+    asyncio.run(_serve(build, sock, people, options))
 
 
-async def _serve(app: ASGIApp, sock: socket.socket, people: People, options: PageOptions) -> None:
+async def _serve(
+    build: Callable[[], ASGIApp], sock: socket.socket, people: People, options: PageOptions
+) -> None:
+    """build: what is served; called here, because Gradio opens loops where none runs."""
     from vlmchat.server import serve
+
+    app = build()
 
     async def drain() -> None:
         people.close()
+        # Pages that are open still are cut off; uvicorn would print a stack for each.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     server = serve.Server(app, drain)
     server.config.lifespan = "on"

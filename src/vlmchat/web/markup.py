@@ -15,11 +15,7 @@ from vlmchat.request import FinishReason
 from vlmchat.web.person import Open, Person
 
 Said = dict[str, Any]
-# Options are for whoever started the page, not for those who use it.
-_LONGEST = re.compile(r"--max-new-tokens")
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.M | re.S)
-_OR_RAISE = re.compile(r" or raise --[\w-]+")
-_FOR_OPERATORS = re.compile(r";[^;]*--[a-z][^;]*")
 
 
 def messages(person: Person) -> list[Said]:
@@ -105,8 +101,6 @@ def trouble(text: str) -> str:
     """What went wrong, for the eye and for screen readers."""
     if not text:
         return ""
-    text = _LONGEST.sub("the longest answer", text)
-    text = _FOR_OPERATORS.sub("", _OR_RAISE.sub("", text))
     return f'<div class="trouble" role="alert">{escape(text[:1].upper() + text[1:])}.</div>'
 
 

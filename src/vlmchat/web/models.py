@@ -6,6 +6,7 @@ and again: models come and go while the page stays. Knows nothing of browsers.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any, Protocol
@@ -13,8 +14,11 @@ from typing import Any, Protocol
 import httpx2
 
 from vlmchat.client import Client
-from vlmchat.errors import NetworkError, NoWorker
+from vlmchat.errors import NetworkError, NoWorker, Unauthorized
 from vlmchat.request import Backend
+from vlmchat.web.words import told
+
+logger = logging.getLogger(__name__)
 
 FRESH_S = 2.0  # a list is not asked for more often, however many pages look
 LIST_TIMEOUT_S = 3.0
@@ -30,8 +34,12 @@ class Models(Protocol):
         """What answers at present."""
 
     @property
+    def seen(self) -> tuple[str, ...]:
+        """What has ever answered."""
+
+    @property
     def trouble(self) -> str:
-        """Why there is none, or nothing."""
+        """Why there is none, or nothing: for people at the page."""
 
     def backend(self, name: str) -> Backend:
         """Whoever answers for this model. Raises NoWorker, NetworkError and what `Client` does."""
@@ -46,15 +54,15 @@ class OneModel:
     trouble = ""
 
     def __init__(self, name: str, backend: Backend) -> None:
-        self._name, self._backend = name, backend
+        self.seen, self._backend = (name,), backend
 
     def names(self) -> tuple[str, ...]:
         """See `Models`."""
-        return (self._name,)
+        return self.seen
 
     def present(self) -> tuple[str, ...]:
         """See `Models`."""
-        return (self._name,)
+        return self.seen
 
     def backend(self, name: str) -> Backend:
         """See `Models`."""
@@ -89,14 +97,14 @@ class ServedModels:
         self._looking, self._connecting = threading.Lock(), threading.Lock()
         self._looked_at = float("-inf")
         self._present: tuple[str, ...] = ()
-        self._seen: tuple[str, ...] = ()
+        self.seen: tuple[str, ...] = ()
         self._clients: dict[str, Client] = {}
         self.trouble = ""
 
     def names(self) -> tuple[str, ...]:
         """See `Models`."""
         present = self.present()
-        return self._seen if self._keep else present
+        return self.seen if self._keep else present
 
     def present(self) -> tuple[str, ...]:
         """See `Models`. Who comes while the list is being asked for gets the last one."""
@@ -112,7 +120,7 @@ class ServedModels:
     def backend(self, name: str) -> Backend:
         """See `Models`."""
         if name not in self.present():
-            raise NoWorker(f"the model {name} is not there at present{self._because()}; try again")
+            raise NoWorker(f"the model {name} is not there at present; try again")
         with self._connecting:
             if name not in self._clients:
                 self._clients[name] = Client(self._url, self._key, name, self._timeout_s)
@@ -124,26 +132,28 @@ class ServedModels:
         for client in self._clients.values():
             client.close()
 
-    def _because(self) -> str:
-        return f" ({self.trouble})" if self.trouble else ""
-
     def _look(self) -> None:
+        before = self.trouble
         try:
             self._present, self.trouble = _listed(self._http, self._url), ""
             if self._controller:
                 failed = _failed(self._http, self._url)
                 self._present = tuple(name for name in self._present if name not in failed)
-        except (httpx2.HTTPError, NetworkError, ValueError) as error:
-            self._present, self.trouble = (), f"{self._url} does not answer: {_why(error)}"
-        self._seen = tuple(sorted({*self._seen, *self._present}))
+        except (httpx2.HTTPError, NetworkError, Unauthorized, ValueError) as error:
+            self._present, self.trouble = (), "the server does not answer"
+            if isinstance(error, Unauthorized):
+                self.trouble = told(error)
+            if self.trouble != before:  # the address is for whoever runs the page
+                logger.warning("no list of models from %s: %s", self._url, _why(error))
+        self.seen = tuple(sorted({*self.seen, *self._present}))
 
 
 def _listed(http: httpx2.Client, url: str) -> tuple[str, ...]:
-    """The names in a server's list of models. Raises HTTPError, NetworkError."""
+    """The names in a server's list of models. Raises HTTPError, NetworkError, Unauthorized."""
     root = url.rstrip("/")
     response = http.get(f"{root}/models" if root.endswith("/v1") else f"{root}/v1/models")
     if response.status_code == 401:
-        raise NetworkError("it wants a key; give --api-key")
+        raise Unauthorized("it wants a key; give --api-key")
     response.raise_for_status()
     try:
         told: Any = response.json()

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from vlmchat.errors import Forbidden, NetworkError
+from vlmchat.errors import Forbidden, Unavailable
 
 TIMEOUT_S = 10.0
 
@@ -24,7 +24,7 @@ class Moderation:
         self._http = httpx2.Client(headers=headers, timeout=TIMEOUT_S)
 
     def check(self, text: str) -> None:
-        """Raises Forbidden for what is flagged, NetworkError where nobody judges: unjudged
+        """Raises Forbidden for what is flagged, Unavailable where nobody judges: unjudged
         questions are not sent."""
         try:
             response = self._http.post(self._url, json={"input": text})
@@ -32,7 +32,9 @@ class Moderation:
             told: Any = response.json()
             flagged = any(result["flagged"] for result in told["results"])
         except (httpx2.HTTPError, ValueError, KeyError, TypeError):
-            raise NetworkError("the moderation service does not answer; try again") from None
+            raise Unavailable(
+                "questions cannot be checked at present, so none is sent; try again later"
+            ) from None
         if flagged:
             raise Forbidden("this question breaks the rules of this page; please change it")
 

@@ -18,13 +18,13 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from vlmchat.config import sampling_params
-from vlmchat.errors import InvalidRequest, NoWorker, SessionError, VlmchatError
+from vlmchat.errors import InvalidRequest, SessionError, Unavailable, VlmchatError
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
 from vlmchat.server.pictures import Pictures, Source
 from vlmchat.session_file import SavedSession
 from vlmchat.store import read_file
-from vlmchat.web import markup
+from vlmchat.web import markup, words
 from vlmchat.web.log import ConversationLog, Vote
 from vlmchat.web.models import Models
 from vlmchat.web.moderation import Moderation
@@ -40,10 +40,11 @@ EXAMPLES = (
     ("two-circles.png", "How many shapes are there?"),
 )
 _FOLDER = Path(__file__).parent / "examples"
+VOTES: dict[Vote, str] = {"upvote": "Good answer", "downvote": "Bad answer", "flag": "Flag"}
 _LEAST_TOP_P = 0.01  # 0 on the slider: the likeliest tokens only
 TITLE = (
     "<div><h1>vlmchat</h1><p>Ask a vision-language model about pictures.</p></div>"
-    '<button id="theme" type="button" aria-pressed="false">Dark</button>'
+    '<button id="theme" type="button">Dark</button>'  # the page's script names it
 )
 PLACEHOLDER = "Add a picture and ask about it.\n\nEnter sends, Shift+Enter begins a new line."
 
@@ -58,7 +59,6 @@ class PageOptions:
 
     concurrency: int = 16
     embed: bool = False
-    nobody: str = "No model is there yet."
 
 
 class UploadsOnly(gr.Blocks):  # type: ignore[misc]  # Gradio's types are not read
@@ -165,14 +165,12 @@ class Page:
 
     def _lay_out_parameters(self) -> None:
         self.temperature = gr.Slider(
-            0, 1, 0.2, step=0.1, label="Temperature", info="0 is deterministic."
+            0, 1, 0.2, step=0.1, label=words.TEMPERATURE, info="0 is deterministic."
         )
-        self.top_p = gr.Slider(0, 1, 0.7, step=0.1, label="Top-p")
-        self.max_tokens = gr.Slider(
-            0, 1024, 512, step=64, label="Longest answer", info="In tokens."
-        )
-        self.seed = gr.Textbox(label="Seed", placeholder="a fresh one for each answer")
-        self.system = gr.Textbox(label="System prompt", lines=2)
+        self.top_p = gr.Slider(0, 1, 0.7, step=0.1, label=words.TOP_P)
+        self.max_tokens = gr.Slider(0, 1024, 512, step=64, label=words.LONGEST, info="In tokens.")
+        self.seed = gr.Textbox(label=words.SEED, placeholder="a fresh one for each answer")
+        self.system = gr.Textbox(label=words.SYSTEM, lines=2)
         self.mode = gr.Radio(
             list(MODES), value=MODES[0], label="Pictures", info="What is done to them first."
         )
@@ -213,11 +211,7 @@ class Page:
             self.undo = button("Undo", elem_id="undo")
             self.clear = button("Clear", elem_id="clear")
             votes = partial(button, visible=self._log is not None)
-            self.votes: dict[Vote, gr.Button] = {
-                "upvote": votes("Good answer", elem_id="upvote"),
-                "downvote": votes("Bad answer", elem_id="downvote"),
-                "flag": votes("Flag", elem_id="flag"),
-            }
+            self.votes = {kind: votes(label, elem_id=kind) for kind, label in VOTES.items()}
         self.facts = gr.HTML("", elem_id="facts")
         self.edit_at = gr.Button("Edit an earlier question", elem_id="edit-at")  # see EDIT_AT
         self.which = gr.Number(label="Which", elem_id="which")
@@ -233,7 +227,8 @@ class Page:
         wishes |= {self.system, self.mode}
         shown = self._outputs()
         self.question.submit(self._ask, {self.question, *wishes}, shown, **turn)
-        gr.on([self.regenerate.click, self.retry.click], self._again, wishes, shown, **turn)
+        self.regenerate.click(self._again, wishes, shown, **turn)
+        self.retry.click(self._retry, {self.question, *wishes}, shown, **turn)
         # Beside the queue, so that it is never behind the answer that it stops.
         self.stop.click(self._stop, None, None, queue=False, **small)
         self.edit.click(self._edit, None, shown, **small)
@@ -270,7 +265,8 @@ class Page:
         label = "Question"
         if person.edited is not None:
             number = len(person.edited.before.turns) + 1
-            label = f"Question {number}, to be changed; what follows goes"
+            goes = len(person.conversation.turns) > number
+            label = f"Question {number}, to be changed{'; what follows goes' if goes else ''}"
         return {
             self.chat: markup.messages(person),
             self.trouble: markup.trouble(person.trouble),
@@ -286,12 +282,18 @@ class Page:
             self.clear: gr.update(interactive=(asked or bool(names)) and not busy),
             self.facts: markup.facts(person),
             self.question: gr.update(label=label),
-            **{vote: gr.update(interactive=voting) for vote in self.votes.values()},
+            **{
+                vote: gr.update(
+                    interactive=voting,
+                    value=f"{'✓ ' if person.voted == kind else ''}{VOTES[kind]}",
+                )
+                for kind, vote in self.votes.items()
+            },
         }
 
     def _told(self, person: Person, error: VlmchatError) -> Updates:
         """The view with what went wrong."""
-        person.trouble = error.message
+        person.trouble = words.told(error)
         return self._view(person)
 
     def _filled(self, text: str, label: str = "Question") -> Any:
@@ -336,11 +338,13 @@ class Page:
 
     def _note(self, chosen: str, present: tuple[str, ...], wish: str) -> str:
         text = ""
-        if not present:
-            because = f" {self._models.trouble}." if self._models.trouble else ""
-            text = f"{self._options.nobody}{because} This page looks again by itself."
+        if not (present or self._models.seen):
+            trouble = self._models.trouble
+            because = f" {trouble[:1].upper()}{trouble[1:]}." if trouble else ""
+            text = f"No model is there yet.{because} This page looks again by itself."
         elif chosen not in present:
-            text = f"{chosen} is away at present. This page looks again by itself."
+            gone = chosen or wish or "The model"
+            text = f"{gone} has gone. This page goes on by itself when it is back."
         elif wish and wish != chosen:
             text = f"{wish} is not here; {chosen} answers."
         shown = f"<b>{escape(text)}</b>" if text else ""
@@ -363,8 +367,13 @@ class Page:
         except VlmchatError as error:
             yield {**self._told(person, error), self.question: self._filled(text)}
 
+    def _retry(self, values: Updates, request: gr.Request) -> Iterator[Updates]:
+        """After an error. A question that is being changed is asked as it stands in the box."""
+        person = self._people.of(_tab(request))
+        yield from (self._ask if person.edited else self._again)(values, request)
+
     def _again(self, values: Updates, request: gr.Request) -> Iterator[Updates]:
-        """Regenerate, and Retry after an error."""
+        """Regenerate, and Retry where the question is not being changed."""
         person = self._people.of(_tab(request))
         try:
             find = self._finder(person.last_question(), values)
@@ -383,14 +392,20 @@ class Page:
             yield {self.chat: markup.messages(person)}
         if person.answered is not before and person.answered is not None and self._log:
             self._write(self._log.chat, person.conversation, person.answered, _ip(request))
-        yield {k: v for k, v in self._view(person).items() if k is not self.question}
+        view = self._view(person)
+        if person.edited is not None:  # it is to be changed before it is asked again
+            label = view[self.question]["label"]
+            view[self.question] = self._filled(person.edited.question.text, label)
+        else:  # what has been typed meanwhile stays
+            del view[self.question]
+        yield view
 
     def _wishes(self, values: Updates) -> Wishes:
         """Raises InvalidRequest, ConfigError for values that cannot be."""
         seed = str(values[self.seed] or "").strip()
-        if seed and not (seed.isdecimal() and len(seed) < 20):
+        if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
             raise InvalidRequest(
-                f"the seed is {seed[:40]!r}; it must be a whole number below 2^63, or empty"
+                f"{words.SEED} is {seed[:40]!r}; it must be a whole number below 2^63, or empty"
             )
         params = sampling_params(
             temperature=float(values[self.temperature]),
@@ -410,7 +425,7 @@ class Page:
 
         def find() -> Backend:
             if not model:
-                raise NoWorker("no model is there yet; try again in a moment")
+                raise Unavailable("no model is there at present; try again once there is one")
             if self._moderation is not None:
                 self._moderation.check(text)
             return self._models.backend(model)
@@ -479,7 +494,6 @@ class Page:
             name = str(file.get("orig_name") or "picture")
             try:
                 person.attach(self._loader.load_bytes(self._taken(file), name))
-                person.trouble = ""
             except VlmchatError as error:
                 first = first or error
         if first is not None:
@@ -489,7 +503,7 @@ class Page:
         """Where an upload lies. Raises InvalidRequest for any other file of this machine."""
         found = file[0] if isinstance(file, list) and file else file
         path = Path(str(found.get("path") if isinstance(found, dict) else "")).resolve()
-        if not path.is_relative_to(self._uploads) or path in self._own_files:
+        if not path.is_relative_to(self._uploads):
             raise InvalidRequest("only files that were uploaded here are read")
         if not path.is_file():
             raise InvalidRequest("the upload was lost; send the file again")
@@ -499,8 +513,13 @@ class Page:
         """An upload's bytes; the file goes."""
         path = self._uploaded(file)
         data = path.read_bytes()
-        path.unlink(missing_ok=True)
+        self._remove(path)
         return data
+
+    def _remove(self, path: Path) -> None:
+        """Gradio names uploads by their content: one may be an example's icon."""
+        if path not in self._own_files:
+            path.unlink(missing_ok=True)
 
     def _attach_address(self, address: str, request: gr.Request) -> Updates:
         person, address = self._people.of(_tab(request)), (address or "").strip()
@@ -509,7 +528,6 @@ class Page:
                 raise InvalidRequest("give an address that begins with http:// or https://")
             data = self._pictures.fetch(Source(address, "the picture"))
             person.attach(self._loader.load_bytes(data, address))
-            person.trouble = ""
         except VlmchatError as error:
             return self._told(person, error)
         return {**self._view(person), self.address: ""}
@@ -577,9 +595,12 @@ class Page:
         try:
             return read_file(path, self._loader)
         except SessionError as error:
-            raise SessionError(error.message.replace(str(path), "the file")) from None
+            logger.warning("an import failed: %s", error.message)
+            raise SessionError(
+                "this file is no exported conversation, is broken, or is of a newer version"
+            ) from None
         finally:
-            path.unlink(missing_ok=True)
+            self._remove(path)
 
 
 def _tab(request: gr.Request) -> str:

@@ -15,18 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from vlmchat.conversation import Conversation, Image, Message, Turn
-from vlmchat.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    NetworkError,
-    NoWorker,
-    VlmchatError,
-    WorkerFailed,
-)
+from vlmchat.errors import Forbidden, InvalidRequest, VlmchatError
 from vlmchat.images import ImageLoader
 from vlmchat.request import Backend, FinishReason, SamplingParams, Timings, Usage
 from vlmchat.session import ChatSession, Reply, Trimmed
 from vlmchat.web.shapes import as_jpeg, shaped
+from vlmchat.web.words import told
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +86,7 @@ class Person:
         self.touched = time.monotonic()
         self._loader = loader
         self._reply: Reply | None = None
-        self._stopped = False
+        self._stopped, self._refused = False, False
         self._turn_lock = threading.Lock()
         self._originals: dict[Image, Image] = {}
         self._shown: dict[str, bytes] = {}  # of small pictures, by sha256
@@ -108,7 +102,7 @@ class Person:
         """Ask with the pictures that wait; yields when there is something new to show.
 
         Never raises but InvalidRequest, for a question that cannot be; what goes wrong with the
-        answer is in `trouble`.
+        answer is in `trouble`. A question that was refused is taken up, as by `edit`.
         """
         if not text.strip():
             raise InvalidRequest("type a question first")
@@ -117,6 +111,8 @@ class Person:
             images = self.open.question.images + images
         question = Message("user", text, tuple(dict.fromkeys(images)))
         yield from self._turn(Open(self.conversation, question, False), find, wishes)
+        if self.open is not None and self._refused:
+            self._take_up(self.open)
 
     def again(self, find: Find, wishes: Wishes) -> Iterator[None]:
         """Ask the last question once more: the old answer stays if the new one fails."""
@@ -126,13 +122,15 @@ class Person:
 
     def ask_edited(self, text: str, find: Find, wishes: Wishes) -> Iterator[None]:
         """Ask what `edit` has taken up, with the pictures that wait: it and all that follows stay
-        until the new answer is there."""
+        until the new answer is there. Where that fails, the change is taken up again."""
         if self.edited is None:
             raise InvalidRequest("no question is being changed")
         if not text.strip():
             raise InvalidRequest("type a question first")
         question = Message("user", text, self.waiting)
         yield from self._turn(replace(self.edited, question=question), find, wishes)
+        if self.open is not None:
+            self._take_up(self.open)
 
     def stop(self) -> None:
         """End the answer under way; what was said stays."""
@@ -156,7 +154,10 @@ class Person:
             yield
             yield from self._answer(asked, find, wishes)
         except VlmchatError as error:
-            self._fail(asked, error.message)
+            self._refused = isinstance(error, (InvalidRequest, Forbidden))
+            if not self._refused:
+                logger.warning("an answer of %s failed: %s", wishes.model, error.message)
+            self._fail(asked, told(error, wishes.model))
         except Exception:  # a bug: told in words, and the conversation stays
             logger.exception("an answer failed")
             self._fail(asked, "something went wrong on the server; its log says what")
@@ -167,7 +168,7 @@ class Person:
     def _begin(self, asked: Open) -> None:
         self.under_way, self.edited = asked, None
         self.partial, self.trouble, self.voted = "", "", ""
-        self._stopped = False
+        self._stopped, self._refused = False, False
         self.waiting = tuple(i for i in self.waiting if i not in asked.question.images)
 
     def _fail(self, asked: Open, message: str) -> None:
@@ -183,7 +184,7 @@ class Person:
         if self._stopped:
             reply.cancel()
         try:
-            with reply, _told_kindly(wishes.model):
+            with reply:
                 drawn_at = 0.0
                 for _ in reply:
                     self.partial = reply.answer
@@ -234,6 +235,8 @@ class Person:
             raise InvalidRequest(f"{MAX_WAITING} pictures wait already; send them first")
         if image not in self.waiting:
             self.waiting = (*self.waiting, image)
+        if self.open is None:  # what it says of a picture; of an answer it stands until a retry
+            self.trouble = ""
 
     def keep_waiting(self, indices: list[int]) -> None:
         """Of the pictures that wait, only these."""
@@ -256,14 +259,19 @@ class Person:
                 asked = Open(before, turns[index].user, True)
             else:
                 raise InvalidRequest("that question is no longer there")
-            self.edited = replace(asked, question=replace(asked.question, images=self._own(asked)))
-            self.waiting = tuple(dict.fromkeys((*self.edited.question.images, *self.waiting)))
+            self._take_up(asked)
             return asked.question.text
 
+    def _take_up(self, asked: Open) -> None:
+        self.edited = replace(asked, question=replace(asked.question, images=self._own(asked)))
+        self.waiting = tuple(dict.fromkeys((*self.edited.question.images, *self.waiting)))
+
     def leave_unchanged(self) -> None:
-        """What `edit` has taken up stays as it was."""
+        """What `edit` has taken up stays as it was; a change of it that failed is forgotten."""
         with self._at_rest():
             self._put_down()
+            if self.open is not None and self.open.replaces:
+                self.open = None
 
     def _put_down(self) -> None:
         own = self.edited.question.images if self.edited else ()
@@ -318,18 +326,6 @@ class Person:
         yield from self.conversation.images
         for turn in self.forgotten:
             yield from turn.user.images
-
-
-@contextmanager
-def _told_kindly(model: str) -> Iterator[None]:
-    """Addresses and counts of workers are not for people at the page."""
-    try:
-        yield
-    except (NoWorker, WorkerFailed, ModelNotFound, NetworkError) as error:
-        logger.warning("an answer of %s failed: %s", model, error.message)
-        raise NoWorker(
-            f"the model {model} went away, or its server failed; try again once it is back"
-        ) from None
 
 
 class People:

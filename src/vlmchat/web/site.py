@@ -36,18 +36,23 @@ _CSP = (
 THREADS_BESIDE_ANSWERS = 32
 
 CSS = """
-.gradio-container { max-width: 1400px !important; }
+.gradio-container, .gradio-container .fillable { max-width: 1400px !important; }
 #columns { align-items: flex-start; }
 #left, #right { gap: .6rem; }
+#left .html-container, #right .html-container { padding: 0; }
+#right { height: calc(100dvh - 6.2rem); min-height: 30rem; flex-wrap: nowrap; }
+body:not(:has(#title)) #right { height: calc(100dvh - 3rem); }
+#right > * { flex: none; }
+#title .html-container { padding: 0; }
 #title .prose { position: relative; padding-right: 6rem; max-width: none; }
+#title .prose > div { display: flex; flex-wrap: wrap; align-items: baseline; column-gap: 1rem; }
 #title h1 { margin: 0; font-size: 1.6rem; }
-#title p { margin: .2rem 0 0; }
+#title p { margin: 0; }
 #theme, a.export { padding: .3rem .9rem; border-radius: var(--button-small-radius);
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color);
   font-size: var(--button-small-text-size); line-height: 1.4; cursor: pointer; }
 #theme:hover, a.export:hover { background: var(--button-secondary-background-fill-hover); }
 #theme { position: absolute; right: 0; top: .2rem; }
-#theme[aria-pressed=true] { box-shadow: inset 0 0 0 2px var(--color-accent); }
 a.export { display: block; text-align: center; text-decoration: none; }
 #files { flex-wrap: nowrap; gap: .4rem; align-items: center; }
 #files > * { flex: 1 1 0; min-width: 0 !important; padding: 0 !important; }
@@ -57,17 +62,26 @@ a.export { display: block; text-align: center; text-decoration: none; }
 .pictures { display: flex; flex-wrap: wrap; gap: .4rem; }
 .pictures img { width: auto !important; height: auto !important; max-height: 200px;
   max-width: 100%; object-fit: contain; border-radius: .5rem; margin: 0; }
-.pictures.waiting img { max-height: 64px; }
+.pictures.waiting { flex-wrap: nowrap; overflow-x: auto; }
+.pictures.waiting img { max-height: 64px; max-width: none; }
+#waiting-names { padding: .3rem .7rem !important; }
+#waiting-names .wrap { max-height: 4.4rem; overflow-y: auto; }
+#trouble-row { flex-wrap: nowrap; align-items: stretch; gap: .5rem; }
+#trouble { flex: 1 1 auto; min-width: 0 !important; padding: 0 !important; }
+#retry { flex: none; width: auto; min-width: 5.5rem !important; align-self: center;
+  min-height: 2.25rem; }
 .trouble { border-left: .3rem solid #b91c1c; background: #fee2e2; color: #7f1d1d;
   padding: .5rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
 .dark .trouble { background: #450a0a; color: #fecaca; }
 .facts { font-size: .85rem; min-height: 1.4rem; color: var(--body-text-color); }
 .facts meter { width: 7rem; vertical-align: middle; }
 .note { margin: 0; font-size: .9rem; }
-#chat { height: 56vh !important; min-height: 260px; }
+#chat { flex: 1 1 0; height: auto !important; min-height: 8rem !important; }
+#chat button[aria-label="Clear"] { display: none; }
 #chat .placeholder, #chat .placeholder-content { text-align: center; }
 #chat p:has(> a.edit) { margin: 0; line-height: 1; }
-#chat a.edit { font-size: .75rem; opacity: .8; }
+#chat a.edit { display: inline-block; padding: .4rem .6rem .3rem 0; font-size: .75rem;
+  opacity: .8; }
 #edit-at, #which, .form:has(> #which) { display: none !important; }
 #waiting:not(:has(img)) { display: none !important; }
 #model-note:not(:has(b)) { display: none !important; }
@@ -80,19 +94,44 @@ a.export { display: block; text-align: center; text-decoration: none; }
 *:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 1px; }
 #question textarea:focus-visible { outline-width: 2px !important; border-radius: .3rem; }
 #question textarea { padding-inline: .4rem; }
+#question .submit-button { background: var(--button-primary-background-fill);
+  color: var(--button-primary-text-color); }
+#parameters :is(.min_value, .max_value) { color: var(--block-info-text-color); }
 @media (max-width: 700px) {
   #right { order: -1; }
-  #chat { height: 50vh !important; }
+  #title p { display: none; }
   .pictures img { max-height: 160px; }
+  #actions button { flex-basis: auto; min-width: 0 !important; padding-inline: .5rem; }
+}
+@media (max-width: 700px), (pointer: coarse) {
+  #actions button, #examples button, #theme, a.export, #import, #parameters > button,
+    #address button, #retry { min-height: 2.25rem; }
+  #chat a.edit { padding: .6rem 1rem .6rem 0; }
+  #chat .icon-button, #picture .icon, .copy_code_button { min-width: 2rem; min-height: 2rem; }
+  a.export { line-height: 1.65rem; }
 }
 footer { display: none !important; }
 """
 JS = """() => {
   document.documentElement.lang = "en";
-  const name = () => {  // what Gradio leaves without one
-    document.querySelector("#question textarea")?.setAttribute("aria-label", "Question");
+  const set = (element, key, value) => {  // what is set anew is observed anew
+    if (element && element.getAttribute(key) !== value) element.setAttribute(key, value);
+  };
+  const words = (message) => {  // as a person reads them
+    const read = message.cloneNode(true);
+    for (const button of read.querySelectorAll("a.edit, button")) button.remove();
+    for (const image of read.querySelectorAll("img")) image.replaceWith(`picture: ${image.alt}. `);
+    for (const block of read.querySelectorAll("p, li, td, th, pre, h1, h2, h3")) block.append(" ");
+    return read.textContent.replace(/\\s+/g, " ").trim();
+  };
+  const name = () => {  // what Gradio leaves without one, or names by its markup
+    set(document.querySelector("#question textarea"), "aria-label", "Question");
     const theme = document.querySelector("#theme");
-    theme?.setAttribute("aria-pressed", document.body.classList.contains("dark"));
+    const other = document.body.classList.contains("dark") ? "Light" : "Dark";
+    if (theme && theme.textContent !== other) theme.textContent = other;
+    set(theme, "aria-label", `${other} mode`);
+    for (const message of document.querySelectorAll("#chat [data-testid][aria-label]"))
+      set(message, "aria-label", words(message));
   };
   const kept = (theme) => {  // what the person chose; frames of other sites may keep nothing
     try {
@@ -102,8 +141,16 @@ JS = """() => {
   };
   if (kept() && !new URL(location).searchParams.has("__theme"))
     document.body.classList.toggle("dark", kept() === "dark");
-  name();
-  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  let waiting = 0;
+  const look = () => {  // a picture that was added far down on a phone is shown where it waits
+    const now = document.querySelectorAll("#waiting img").length;
+    if (now > waiting) document.querySelector("#right").scrollIntoView({ block: "nearest" });
+    waiting = now;
+    name();
+  };
+  look();
+  const changes = { childList: true, subtree: true, attributeFilter: ["aria-label"] };
+  new MutationObserver(look).observe(document.body, changes);
   new MutationObserver(name).observe(document.body, { attributeFilter: ["class"] });
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#theme"))
@@ -183,7 +230,7 @@ def site(
         mcp_server=False,
         theme=gr.themes.Default(
             primary_hue="blue", font=fonts, font_mono=[Font("ui-monospace"), Font("monospace")]
-        ),
+        ).set(**_LEGIBLE),
         css=CSS,
         js=JS,
     )
@@ -191,6 +238,15 @@ def site(
     return Guard(app, only_local=only_local, ancestors="*" if embed else "'self'")
 
 
+# Gradio's own are too pale to be read by all (WCAG 1.4.3).
+_LEGIBLE = {
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "block_info_text_color": "*neutral_500",
+    "block_info_text_color_dark": "*neutral_400",
+}
 _PRIVATE = {"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"}
 
 
