@@ -256,7 +256,7 @@ def test_native_library_says_why_there_is_none(
         native_library.native_library()
 
 
-def test_static_runner_takes_the_native_step_for_few_rows_and_torch_for_many() -> None:
+def test_static_runner_gives_nearly_the_same_by_native_steps_as_by_torch() -> None:
     path = str(find_checkpoint(DEMO_MODEL, None, lambda stage: None))
     chosen = ModelConfig(path, device="cpu", dtype="bfloat16", quantization="int4")
     loaded = load_model(chosen, lambda stage: None)

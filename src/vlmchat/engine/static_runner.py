@@ -138,7 +138,7 @@ class StaticRunner:
         """model: one for which `unsupported` has no reason; its layers' weights are joined.
 
         kv_dtype: int8 for keys and values in 8 bits; else the model's.  fixed: decode in fixed
-        shapes; None: on CUDA.  native: steps of few rows in C, where that can be.
+        shapes; None: on CUDA.  native: steps in C, where that can be.
         """
         self._model, self._spec = model, spec
         self._vision = vision

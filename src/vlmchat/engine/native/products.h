@@ -6,6 +6,7 @@
 enum { BFLOAT16, INT8, INT4 };
 enum { WIDEST = 64 };  /* outputs in a block, at most */
 enum { FEW = 16 };     /* for more rows quantised weights are unpacked, where there are tiles */
+enum { PART = 512 };   /* inputs that many rows are multiplied with at once */
 enum { AHEAD = 8192 }; /* bytes of weights that are on their way */
 
 /* y = W x + b, W [out, in]; see `_matrix` in native_step.py. */
@@ -59,15 +60,28 @@ INLINE void bf16_rows(const bf16 *w, const bf16 *x, int64_t in, float *y, const 
     UNROLL for (int v = 0; v < V; v += at_once) bf16_some(w, x, in, y, R, V, v, v + at_once);
 }
 
-/* The same by tiles: up to 16 rows, V tiles of outputs. far: the weights come from memory. */
-INLINE void tile_rows(const bf16 *w, const bf16 *x, int64_t in, float *y, const int V,
-                      const int far) {
-    for (int64_t k = 0; k < in; k += 32) {
+/* The same by tiles: up to 16 rows, V tiles of outputs, inputs from..to-1 on top of what is in y.
+ * far: the weights come from memory. */
+INLINE void tile_rows(const bf16 *w, const bf16 *x, const Input *in, int64_t from, int64_t to,
+                      float *y, const int V, const int far) {
+    const int64_t row = WIDEST * sizeof(float);
+    if (from) {
+        _tile_loadd(0, y, row);
+        if (V > 1) _tile_loadd(1, y + 16, row);
+        if (V > 2) _tile_loadd(2, y + 32, row);
+        if (V > 2) _tile_loadd(3, y + 48, row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = from; k < to; k += 32) {
         const bf16 *here = w + k * V * 16;
         if (far)
             UNROLL for (int i = 0; i < 16 * V; i++)
                 _mm_prefetch((const char *)here + AHEAD + 64 * i, _MM_HINT_T0);
-        _tile_loadd(4, x + k, in * 2);
+        _tile_loadd(4, x + k, in->in * 2);
         _tile_loadd(5, here, V * 64);
         _tile_dpbf16ps(0, 4, 5);
         if (V < 2) continue;
@@ -79,26 +93,31 @@ INLINE void tile_rows(const bf16 *w, const bf16 *x, int64_t in, float *y, const 
         _tile_loadd(5, here + 96, V * 64);
         _tile_dpbf16ps(3, 4, 5);
     }
-    _tile_stored(0, y, WIDEST * 4);
-    if (V > 1) _tile_stored(1, y + 16, WIDEST * 4);
-    if (V > 2) _tile_stored(2, y + 32, WIDEST * 4);
-    if (V > 2) _tile_stored(3, y + 48, WIDEST * 4);
+    _tile_stored(0, y, row);
+    if (V > 1) _tile_stored(1, y + 16, row);
+    if (V > 2) _tile_stored(2, y + 32, row);
+    if (V > 2) _tile_stored(3, y + 48, row);
 }
 
+/* Of all rows; with many, the inputs in parts, whose weights stay in the nearest cache meanwhile. */
 static void tile_product(const bf16 *w, const Input *in, int64_t block, float *y) {
-    for (int64_t r = 0; r < in->rows; r += 16, y += 16 * WIDEST) {
-        const bf16 *x = in->x + r * in->in;
-        const int far = r == 0 && w != in->unpacked;
-        shape_tiles(MIN(16, in->rows - r));
-        if (block == 64 && far)
-            tile_rows(w, x, in->in, y, 4, 1);
-        else if (block == 64)
-            tile_rows(w, x, in->in, y, 4, 0);
-        else if (block == 32)
-            tile_rows(w, x, in->in, y, 2, far);
-        else
-            tile_rows(w, x, in->in, y, 1, far);
-    }
+    const int64_t part = in->rows > 16 ? PART : in->in;
+    int64_t shaped = 0;
+    for (int64_t from = 0; from < in->in; from += part)
+        for (int64_t r = 0; r < in->rows; r += 16) {
+            const bf16 *x = in->x + r * in->in;
+            const int64_t to = MIN(from + part, in->in), num = MIN(16, in->rows - r);
+            const int far = r == 0 && w != in->unpacked;
+            if (num != shaped) shape_tiles(shaped = num);
+            if (block == 64 && far)
+                tile_rows(w, x, in, from, to, y + r * WIDEST, 4, 1);
+            else if (block == 64)
+                tile_rows(w, x, in, from, to, y + r * WIDEST, 4, 0);
+            else if (block == 32)
+                tile_rows(w, x, in, from, to, y + r * WIDEST, 2, far);
+            else
+                tile_rows(w, x, in, from, to, y + r * WIDEST, 1, far);
+        }
     _tile_release();
 }
 
