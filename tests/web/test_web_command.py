@@ -84,7 +84,7 @@ def keep(tab: Any, name: str) -> None:
 
 
 def test_web_answers_an_example_with_the_demo_model(demo: str, tab: Tab) -> None:
-    browser = tab(demo, viewport={"width": 1200, "height": 780})
+    browser = tab(demo, viewport={"width": 1200, "height": 960})
     browser.get_by_role("button", name="Describe the image.").click()
     send(browser)
     says(browser, "red circle")

@@ -199,6 +199,22 @@ def _gibberish(rng: random.Random) -> str:
     return " ".join(words)
 
 
+def _invented(rng: random.Random) -> str:
+    """A word that sounds like one: whatever is unknown is off topic, not only what is listed."""
+    parts = [
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice(("a", "e", "i", "o", "u", "oo", "ea", "ai"))
+        for _ in range(rng.choice((1, 2, 2, 3)))
+    ]
+    return "".join(parts) + rng.choice(("", "n", "r", "t", "nd", "ck", "ll", "son", "ter"))
+
+
+def _sum(rng: random.Random) -> str:
+    """An exercise."""
+    sign = rng.choice((" + ", " - ", " * ", " / ", " plus ", " times ", " divided by ", "+", "-"))
+    start = rng.choice(("What is ", "How much is ", "Calculate ", "Solve ", "", "what's "))
+    return f"{start}{rng.randint(0, 200)}{sign}{rng.randint(0, 99)}{rng.choice(('?', '', ' ='))}"
+
+
 def _slots(noun: str) -> dict[str, str]:
     return {"X": f"the {noun}", "A": article(noun), "N": noun, "S": noun + "s"}
 
@@ -207,19 +223,23 @@ def off_topic_question(rng: random.Random, held_out: bool = False) -> str:
     """Something that has nothing to do with the shapes the model knows."""
     things = THINGS.held_out if held_out else THINGS.train
     thing, other = rng.choice(things), rng.choice(things)
+    if not held_out and rng.random() < 0.35:
+        thing = _invented(rng)
     choose = rng.random()
-    if choose < 0.35:
-        if rng.random() < 0.25:
+    if choose < 0.4:
+        if rng.random() < 0.3:
             shade = rng.choice(SHADES.held_out if held_out else SHADES.train)
+            if not held_out and rng.random() < 0.6:
+                shade = _invented(rng)
             thing = f"{shade} {rng.choice((thing, 'circle', 'square', 'star', 'triangle'))}"
         cores = grammar.CORES[rng.choice(_FOREIGN_KINDS)]
         return grammar.phrase(cores, _slots(thing), rng, held_out)
     if choose < 0.65:
         template = rng.choice(TEMPLATES.held_out if held_out else TEMPLATES.train)
         return _vary(template.format(thing=thing, other=other), rng)
-    if choose < 0.95 or held_out:
+    if choose < 0.9 or held_out:
         return _vary(rng.choice(LINES.held_out if held_out else LINES.train), rng)
-    return _gibberish(rng)
+    return _sum(rng) if choose < 0.95 else _gibberish(rng)
 
 
 def _vary(text: str, rng: random.Random) -> str:

@@ -75,12 +75,12 @@ def asking(scenes: list[Scene], rng: random.Random) -> list[samples.Sample]:
     """Questions and conversations about one picture, two pictures or none."""
     weights = samples.WEIGHTS
     choose = rng.random()
-    if choose < 0.80:
+    if choose < 0.76:
         return [
             samples.picture_sample(i, scene, rng, 12, weights, 0.2)
             for i, scene in enumerate(scenes)
         ]
-    if choose < 0.96:
+    if choose < 0.965:
         return [
             samples.pair_sample((i, i + 1), (scenes[i], scenes[i + 1]), rng, 8, weights)
             for i in range(0, len(scenes), 2)
