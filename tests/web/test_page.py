@@ -89,7 +89,7 @@ def test_page_sends_several_pictures_pasted_with_the_question(
 
 
 def test_page_streams_and_stop_ends_the_answer(tab: Tab) -> None:
-    slow = scripted([long_answer()], delay_s=0.02)
+    slow = scripted([long_answer()], delay_s=0.05)
     with served(Workers({"m": slow})) as running:
         browser = tab(running.url)
         ask(browser, "Go on.")
