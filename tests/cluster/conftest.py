@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.cluster.backends import echo
+from tests.cluster.ports import free_port
 from vlmchat.cluster.plan import ClusterPlan, ModelPlan, Scale
 from vlmchat.server.worker import WorkerPolicy
 
@@ -59,12 +59,9 @@ def running() -> Iterator[Running]:
         from vlmchat.cluster import deploy
 
         cluster = Cluster(initialize_head=True, head_node_args=dict(NODE))
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
         try:
             deploy.connect(cluster.address)
-            yield Running(cluster, port)
+            yield Running(cluster, free_port())
             deploy.leave(take_down=True)
         finally:
             ray.shutdown()

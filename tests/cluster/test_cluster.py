@@ -22,6 +22,7 @@ from tests.fakes import ScriptedBackend
 from tests.openai_server import OpenAIServer
 from vlmchat.cluster.plan import ClusterPlan, Scale
 from vlmchat.commands.cluster_models import load_upstream
+from vlmchat.errors import NetworkError
 from vlmchat.server.worker import WorkerPolicy
 
 # What ray's own modules warn of is nothing that can be done here.
@@ -266,6 +267,20 @@ def test_deploy_tells_that_no_node_has_room(running: Running) -> None:
     deploy.deploy(ClusterPlan((model(scale=Scale(1, 1), num_cpus=64),), port=running.port))
     with pytest.raises(StopIteration):
         deploy.await_ready(60, heard)
+
+
+def test_error_of_an_actor_is_told_in_its_own_words(running: Running) -> None:
+    import ray
+
+    @ray.remote
+    class Proxy:
+        def ready(self) -> None:
+            raise RuntimeError("the port is taken")
+
+    from vlmchat.cluster import deploy
+
+    with pytest.raises(NetworkError, match=r"^Ray: the port is taken$"), deploy._translated():
+        ray.get(Proxy.remote().ready.remote())
 
 
 def test_other_server_answers_behind_a_replica(running: Running) -> None:

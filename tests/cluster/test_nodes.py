@@ -27,6 +27,8 @@ import openai
 import psutil
 import pytest
 
+from tests.cluster.ports import free_port
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples" / "shapes.png"
@@ -34,13 +36,6 @@ QUESTIONS = ("Describe the image.", "What colour is the star?")
 EXACT = ("--device", "cpu", "--dtype", "float32")
 NODE = ("--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block")
 PATIENCE_S = 300.0  # on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -19,7 +19,7 @@ import ray
 from ray import serve
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.experimental import internal_kv
 from ray.serve import context as serve_context
 from ray.serve.exceptions import RayServeException
@@ -362,6 +362,8 @@ def _translated() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, RayTaskError):  # whose own words are a traceback
+        error = error.cause
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
