@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmchat.engine.borrowed import borrowed
 from vlmchat.engine.prequantized import NamedWeight, StoredWeight, plain
 from vlmchat.engine.quantize import in_place_of, quantized
 from vlmchat.engine.schemes import Scheme
@@ -114,6 +115,10 @@ def _place(
         return
     tensor = plain(weight)
     # A copy, even where nothing changes: the file may be replaced while the model runs.
+    if tensor.dtype is to.dtype and tensor.device == to.device and leaf == "weight":
+        if (parameter := borrowed(module, tensor)) is not None:  # for a while
+            module._parameters[leaf] = parameter
+            return
     dtype = to.dtype if tensor.is_floating_point() else tensor.dtype
     value = tensor.to(to.device, dtype, copy=True)
     if leaf in module._parameters:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmchat.config import EngineConfig, ModelConfig
+from vlmchat.engine.borrowed import borrowed_bytes
 from vlmchat.engine.kv_cache import KVShape
 from vlmchat.engine.memory import free_bytes
 from vlmchat.engine.runner import EagerRunner
@@ -61,7 +62,8 @@ def make_runner(
             raise ConfigError(f"--kv-dtype {limits.kv_dtype}: the eager runner has none ({why})")
     dtype = torch.int8 if limits.kv_dtype == "int8" else model.dtype
     each = context * shape_of(model).position_bytes(dtype, model.dtype)
-    slots = fit(limits, context, each, free_bytes(model.device))
+    free = free_bytes(model.device) - borrowed_bytes(model)
+    slots = fit(limits, context, each, free)
     if why is not None:
         return EagerRunner(model, spec, vision, slots.count), slots, f"eager: {why}"
     static = StaticRunner(model, spec, vision, slots.count, context, dtype)

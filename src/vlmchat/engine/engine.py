@@ -145,6 +145,7 @@ class Engine:
 
         Raises OutOfMemory when the keys and values of not one sequence fit, and ConfigError.
         """
+        from vlmchat.engine.borrowed import take_over
         from vlmchat.engine.capacity import make_runner
         from vlmchat.engine.grammar import Grammars
         from vlmchat.engine.memory import give_threads_back
@@ -155,6 +156,7 @@ class Engine:
         spec, vision = loaded.spec, VisionCache(loaded.model, limits.image_cache)
         grammars = Grammars(loaded.processor.tokenizer, spec.eos_token_ids)
         runner, slots, name = make_runner(loaded, vision, config, limits)
+        take_over(loaded.model)
         give_threads_back()  # from here on the engine's own thread computes
         fewer = slots.count < (limits.max_num_seqs or 1)
         asked = f"; {limits.max_num_seqs} were asked for, more do not fit" if fewer else ""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from vlmchat.engine.import_structure import remember_import_structure
+
 COMPILER = "torch._dynamo"
 # All that transformers imports of it.
 _WANTED = "_trace_wrapped_higher_order_op"
@@ -59,6 +61,7 @@ def spare_imports() -> None:
     importlib.import_module(f"{COMPILER}.{_WANTED}")
     del package.__path__
 
+    remember_import_structure()
     from transformers.utils.import_utils import is_torch_distributed_available
 
     available, torch.distributed.is_available = torch.distributed.is_available, lambda: False
