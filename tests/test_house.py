@@ -27,7 +27,17 @@ ROOMS = [
 ]
 VALUES = ("errors", "conversation", "request", "queued_stream", "config")
 TORCH_ROOMS = (
-    *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
+    *(
+        "runner",
+        "vision",
+        "sampler",
+        "loader",
+        "memory",
+        "quantize",
+        "assemble",
+        "tensors",
+        "borrowed",
+    ),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
     *("machine", "random_model", "spare", "capacity"),
     *("packed", "fused", "prequantized"),

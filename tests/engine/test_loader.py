@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,3 +311,19 @@ def test_load_refuses_a_model_larger_than_the_memory(
     error = load_error(ModelConfig(str(tiny), device="cpu"))
     assert isinstance(error, OutOfMemory)
     assert "--load-" in error.message
+
+
+@pytest.mark.parametrize("runner", ["eager", "auto"])
+def test_answer_stays_when_the_weights_are_written_over(copy: Path, runner: str) -> None:
+    edit_weights(copy, lambda w: w.update({name: t.bfloat16() for name, t in w.items()}))
+    edit_config(copy, dtype="bfloat16")
+    question = Conversation().ask("1 2 3", (noise_image(1, 40, 40),))
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    weights, answers = copy / "model.safetensors", []
+    for written in (weights.read_bytes(), bytes(weights.stat().st_size)):
+        with closing(Engine.load(ModelConfig(str(copy), device="cpu", runner=runner))) as engine:
+            with weights.open("r+b") as file:
+                file.write(written)
+            answers.append([delta.text for delta in engine.stream(question, params)])
+    assert answers[0] == answers[1]
+    assert answers[0]

@@ -28,7 +28,7 @@ def _run(script: str) -> str:
 
 def test_answer_imports_no_compiler_and_no_sympy() -> None:
     printed = _run(
-        ANSWER + "print([n for n in ('sympy', 'torch._dynamo.eval_frame', "
+        ANSWER + "print([n for n in ('sympy', 'torch._dynamo.eval_frame', 'torch._export', "
         "'torch.distributed.tensor') if n in sys.modules])"
     )
     assert printed.strip() == "[]"
@@ -37,6 +37,21 @@ def test_answer_imports_no_compiler_and_no_sympy() -> None:
 def test_compiler_is_whole_when_it_is_used_after_all() -> None:
     used = "import torch; print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)))"
     assert _run(ANSWER + used).strip() == "tensor([2.])"
+
+
+def test_exporter_is_whole_when_it_is_used_after_all() -> None:
+    used = "from torch.export import Dim, dynamic_shapes; print(Dim is dynamic_shapes.Dim)"
+    assert _run(ANSWER + used).strip() == "True"
+
+
+def test_masks_by_rules_are_computed() -> None:
+    used = """
+import torch
+from transformers.masking_utils import TransformGetItemToIndex
+with TransformGetItemToIndex():
+    print(torch.vmap(lambda i: torch.arange(5)[i])(torch.arange(3)).tolist())
+"""
+    assert _run(ANSWER + used).strip() == "[0, 1, 2]"
 
 
 def test_torch_still_has_its_distributed_part() -> None:

@@ -115,10 +115,10 @@ def _place(
         return
     tensor = plain(weight)
     # A copy, even where nothing changes: the file may be replaced while the model runs.
-    if tensor.dtype is to.dtype and tensor.device == to.device and leaf == "weight":
-        if (parameter := borrowed(module, tensor)) is not None:  # for a while
-            module._parameters[leaf] = parameter
-            return
+    final = tensor.dtype is to.dtype and tensor.device == to.device and leaf == "weight"
+    if final and (parameter := borrowed(module, tensor)) is not None:  # for a while
+        module._parameters[leaf] = parameter
+        return
     dtype = to.dtype if tensor.is_floating_point() else tensor.dtype
     value = tensor.to(to.device, dtype, copy=True)
     if leaf in module._parameters:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name != _READER:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -59,8 +58,9 @@ def _remembering(read: Callable[..., Structure]) -> Callable[..., Structure]:
     def define_import_structure(module_path: Any, prefix: str | None = None) -> Structure:
         folder = Path(module_path)
         folder = folder.parent if folder.suffix else folder
-        if (folder.name, folder.parent.name) != ("models", "transformers"):
-            return read(module_path, prefix)  # one model's
+        whole = (folder.name, folder.parent.name) == ("models", "transformers")
+        if not whole or "dev" in version("transformers"):  # whose sources may change
+            return read(module_path, prefix)
         file = _file(folder)
         structure = _kept(file)
         if structure is None:
@@ -99,8 +99,9 @@ def _keep(file: Path, structure: Structure) -> None:
     ]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
-            json.dump(kept, scratch)
-        os.replace(scratch.name, file)  # whole, or not at all
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            fresh = Path(scratch) / file.name
+            fresh.write_text(json.dumps(kept), encoding="utf-8")
+            fresh.replace(file)  # whole, or not at all
     except OSError:
         pass  # read again the next time

@@ -1,8 +1,8 @@
 """Import torch and transformers without compiler and distributed part, for a quick start.
 
 Called before the first import of transformers. Half of the time that takes goes into modules that
-one process which answers questions never uses: torch's compiler (and with it sympy), DTensor, FSDP.
-Nothing is taken away: the compiler is imported whole at the first use of anything in it.
+one process which answers questions never uses: torch's compiler (and with it sympy), its exporter,
+DTensor, FSDP. Nothing is taken away: each is imported whole at the first use of anything in it.
 """
 
 from __future__ import annotations
@@ -11,31 +11,71 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vlmchat.engine.import_structure import remember_import_structure
 
 COMPILER = "torch._dynamo"
-# All that transformers imports of it.
-_WANTED = "_trace_wrapped_higher_order_op"
+# All that transformers imports of it, and calls for masks that are computed by rules.
+_WANTED = f"{COMPILER}._trace_wrapped_higher_order_op"
+_NAME = "TransformGetItemToIndex"
 # Marks that transformers puts on functions when it is imported, for a compiler that is not there.
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph")
+# What torch imports at its end and does not use itself.
+_EXPORTER = "torch.export"
 
 
 class _Later(ModuleType):
-    """A package that is executed when something in it is used that was not imported before."""
+    """A module that is executed when something in it is used that was not imported before."""
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__
-        if spec is None or spec.loader is None or (name.startswith("__") and name != "__path__"):
+        package = spec is not None and spec.submodule_search_locations is not None
+        if spec is None or (name.startswith("__") and not (package and name == "__path__")):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if name in _MARKS:
             return _unmarked
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        self.__path__ = spec.submodule_search_locations or []
-        spec.loader.exec_module(self)
+        if name == _NAME:
+            return _wanted
+        _execute(self)
         return getattr(self, name)
+
+
+def _put_off(name: str) -> None:
+    """Have a part of torch, where there is one of that name, executed later."""
+    torch = importlib.util.find_spec("torch")
+    folders = (torch.submodule_search_locations if torch else None) or []
+    inner = name.split(".")[1:-1]
+    spec = PathFinder.find_spec(name, [str(Path(folder, *inner)) for folder in folders])
+    if spec is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    vars(module).pop("__path__", None)  # asked for by whoever imports something in it
+    module.__class__ = _Later
+    sys.modules[name] = module
+
+
+def _execute(module: ModuleType | None) -> None:
+    """Make a module whole that was put off; others are."""
+    if not isinstance(module, _Later):
+        return
+    spec = module.__spec__
+    assert spec is not None
+    assert spec.loader is not None
+    module.__class__ = ModuleType  # type: ignore[assignment]
+    if spec.submodule_search_locations is not None:
+        module.__path__ = spec.submodule_search_locations
+    if spec.name == COMPILER:
+        _execute(sys.modules.get(_WANTED))  # which it imports itself
+    spec.loader.exec_module(module)
+
+
+def _wanted() -> Any:
+    _execute(sys.modules[_WANTED])
+    return getattr(sys.modules[_WANTED], _NAME)()
 
 
 def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
@@ -44,23 +84,19 @@ def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
 
 
 def spare_imports() -> None:
-    """Put the compiler off, and tell transformers that torch has no distributed part.
+    """Put off what takes long, and tell transformers that torch has no distributed part.
 
-    Does nothing where either was imported before.
+    Leaves alone what was imported before.
     """
+    if "torch" not in sys.modules:
+        _put_off(_EXPORTER)
     import torch
 
     if COMPILER in sys.modules or "transformers.modeling_utils" in sys.modules:
         return
-    spec = importlib.util.find_spec(COMPILER)
-    if spec is None:
-        return
-    package = importlib.util.module_from_spec(spec)
-    package.__class__ = _Later
-    sys.modules[COMPILER] = torch._dynamo = package
-    importlib.import_module(f"{COMPILER}.{_WANTED}")
-    del package.__path__
-
+    _put_off(COMPILER)
+    _put_off(_WANTED)
+    torch._dynamo = sys.modules[COMPILER]
     remember_import_structure()
     from transformers.utils.import_utils import is_torch_distributed_available
 
