@@ -27,20 +27,10 @@ ROOMS = [
 ]
 VALUES = ("errors", "conversation", "request", "queued_stream", "config")
 TORCH_ROOMS = (
-    *(
-        "runner",
-        "vision",
-        "sampler",
-        "loader",
-        "memory",
-        "quantize",
-        "assemble",
-        "tensors",
-        "borrowed",
-    ),
+    *("runner", "vision", "sampler", "loader", "memory", "quantize", "assemble", "tensors"),
     *("hf_checkpoint", "lora", "llava_checkpoint", "llava_model", "llava_weights"),
     *("machine", "random_model", "spare", "capacity"),
-    *("packed", "fused", "prequantized"),
+    *("packed", "fused", "prequantized", "borrowed"),
     *(
         "kv_cache",
         "operators",
