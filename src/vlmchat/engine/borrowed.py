@@ -1,7 +1,7 @@
 """Weights left in their mapped file until a runner has brought them into its own order.
 
 Marked by `assemble`, copied by the engine where no runner took them. Between the two nothing is
-copied for a runner that is about to copy it anyway: a start takes less time and half the memory.
+copied for a runner that is about to copy it anyway, which takes as long again.
 """
 
 from __future__ import annotations
