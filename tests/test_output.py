@@ -14,9 +14,10 @@ from rich.console import Console
 
 from tests.fakes import ScriptedBackend, picture
 from vlmchat.errors import OutOfMemory
+from vlmchat.json_output import JsonPrinter, answer_json
 from vlmchat.live_region import LiveRegion
 from vlmchat.markdown_stream import MarkdownStream, Row
-from vlmchat.output import JsonPrinter, TextPrinter, answer_json
+from vlmchat.output import TextPrinter
 from vlmchat.request import SamplingParams
 from vlmchat.session import ChatSession, Trimmed
 

@@ -35,8 +35,8 @@ from vlmchat.errors import (
     VlmchatError,
 )
 from vlmchat.images import ImageLoader
+from vlmchat.json_output import JSON_SCHEMA, answer_json
 from vlmchat.openai_wire import read_conversation, read_params, write_completion, write_error
-from vlmchat.output import JSON_SCHEMA, answer_json
 from vlmchat.request import (
     Backend,
     DrawnToken,

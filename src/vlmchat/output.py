@@ -1,6 +1,6 @@
-"""Print an answer while it is made: as Markdown on a terminal, as plain text, or as JSON.
+"""Print an answer while it is made: as Markdown on a terminal, or as plain text.
 
-Called by the REPL and the one-shot command. Each printer runs a `Reply` to its end inside `with`,
+Called by the REPL and the one-shot command. A printer runs a `Reply` to its end inside `with`,
 so that whatever was said before Ctrl-C is both shown and kept. stdout gets the answer, stderr
 everything about it. Knows nothing of sessions, prompts or models.
 """
@@ -10,38 +10,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-from vlmchat.json_line import json_line
 from vlmchat.live_region import LiveRegion
 from vlmchat.markdown_stream import MarkdownStream, Row, printable
-from vlmchat.request import DrawnToken, FinishReason, Status, Timings, Usage
+from vlmchat.request import FinishReason, Status
 
 if TYPE_CHECKING:
-    from vlmchat.conversation import Conversation
     from vlmchat.session import Reply, Trimmed
 
-JSON_SCHEMA = 1
 MIN_REDRAW_S = 1 / 15
 # Drawing may take this share of the time; the rest belongs to the model.
 MAX_DRAWING_SHARE = 0.15
 _WAITING = Row("\x1b[2m…\x1b[0m", 1)
-
-
-class Answered(Protocol):
-    """An answer that has ended: a `Reply`, or one line of a batch."""
-
-    answer: str
-    finish_reason: FinishReason | None
-    usage: Usage | None
-    timings: Timings | None
-    tokens: tuple[DrawnToken, ...]
-    trimmed: Trimmed
-    conversation: Conversation
 
 
 class Printer(Protocol):
@@ -167,73 +151,6 @@ class _MarkdownScreen:
         else:
             self._console.file.write("".join(row.ansi + "\n" for row in settled))
             self._console.file.flush()
-
-
-class JsonPrinter:
-    """Answers for programs: one JSON object a turn, one line each, flushed at once.
-
-    stream_deltas: before it one object for each piece of text.
-    """
-
-    def __init__(self, stream: TextIO, *, stream_deltas: bool = False) -> None:
-        self._stream = stream
-        self._stream_deltas = stream_deltas
-
-    def answer(self, reply: Reply, status: Status) -> None:
-        """Run `reply` to its end and print it. KeyboardInterrupt passes once all is printed."""
-        try:
-            with reply:
-                for delta in reply:
-                    if self._stream_deltas and delta.text:
-                        self._print({"schema": JSON_SCHEMA, "type": "delta", "text": delta.text})
-        except KeyboardInterrupt:
-            self._print(answer_json(reply, status))
-            raise
-        self._print(answer_json(reply, status))
-
-    def _print(self, value: dict[str, Any]) -> None:
-        self._stream.write(json_line(value, self._stream) + "\n")
-        self._stream.flush()
-
-
-def answer_json(reply: Answered, status: Status) -> dict[str, Any]:
-    """The answer object of schema 1; counts that nobody knows are null."""
-    usage, timings, trimmed = reply.usage, reply.timings, reply.trimmed
-    tokens = {"tokens": [asdict(token) for token in reply.tokens]} if reply.tokens else {}
-    return {
-        "schema": JSON_SCHEMA,
-        "type": "answer",
-        "model": status.model,
-        "answer": reply.answer.strip(),
-        "finish_reason": reply.finish_reason,
-        "usage": {
-            "prompt_tokens": usage and usage.prompt_tokens,
-            "image_tokens": usage and usage.image_tokens,
-            "cached_tokens": usage and usage.cached_tokens,
-            "completion_tokens": usage and usage.completion_tokens,
-        },
-        "timings": {
-            "load": round(status.load_s, 4),
-            "first_token": timings and round(timings.first_token_s, 4),
-            "total": timings and round(timings.total_s, 4),
-            "tokens_per_second": timings and round(timings.tokens_per_second, 2),
-        },
-        "images": [
-            {
-                "source": image.source,
-                "sha256": image.sha256,
-                "width": image.width,
-                "height": image.height,
-            }
-            for image in reply.conversation.images
-        ],
-        "trimmed": {
-            "turns": trimmed.turns,
-            "tokens": trimmed.tokens,
-            "images": [image.source for image in trimmed.images],
-        },
-        **tokens,
-    }
 
 
 def _trimming(trimmed: Trimmed) -> Iterator[str]:

@@ -44,6 +44,15 @@ def test_main_imports_nothing_heavy_when_no_model_is_needed(arguments: list[str]
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_main_imports_the_one_command_that_is_asked_for() -> None:
+    script = (
+        "import sys; from vlmchat.commands import command\n"
+        "command('chat').main(['chat', '--help'], standalone_mode=False)\n"
+        "sys.exit('vlmchat.commands.chat' not in sys.modules or 'vlmchat.commands.web' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], stdout=-1).returncode == 0
+
+
 def test_version_is_one_line(cli: Cli) -> None:
     assert cli("--version").out == f"vlmchat {__version__}\n"
 

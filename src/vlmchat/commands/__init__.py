@@ -9,40 +9,20 @@ from __future__ import annotations
 import io
 import os
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from vlmchat import __version__
-from vlmchat.commands.batch import batch
-from vlmchat.commands.bench import bench
-from vlmchat.commands.chat import chat
-from vlmchat.commands.cluster import cluster
-from vlmchat.commands.config import config
-from vlmchat.commands.controller import controller
 from vlmchat.commands.exit import end_on_signals, leaving_at_once, reporting
-from vlmchat.commands.models import models
 from vlmchat.commands.options import GroupedCommand, grouped
-from vlmchat.commands.status import status
 from vlmchat.commands.threads import cpu_quota, settle
-from vlmchat.commands.web import web
-from vlmchat.commands.worker import worker
 
-app = typer.Typer(
-    name="vlmchat",
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-app.command("chat", cls=GroupedCommand)(grouped(chat))
-app.command("batch", cls=GroupedCommand)(grouped(batch))
-app.command("bench", cls=GroupedCommand)(grouped(bench))
-app.command("worker", cls=GroupedCommand)(grouped(worker))
-app.command("controller", cls=GroupedCommand)(grouped(controller))
-app.command("web", cls=GroupedCommand)(grouped(web))
-app.command("status")(status)
-app.command("config")(config)
-app.add_typer(cluster, name="cluster")
-app.add_typer(models, name="models")
+# In the order of the help; each is in the module of its name, and so is its function.
+_WITH_MANY_OPTIONS = ("chat", "batch", "bench", "worker", "controller", "web")
+_COMMANDS = (*_WITH_MANY_OPTIONS, "status", "config", "cluster", "models")
+_ALONE = set(_COMMANDS) - {"config"}  # which asks for the options of others
 
 
 def _version(value: bool) -> None:
@@ -51,7 +31,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def vlmchat(
     ctx: typer.Context,
     version: Annotated[
@@ -64,8 +43,22 @@ def vlmchat(
         raise typer.Exit(2)
 
 
-def command() -> Any:
-    """The whole command tree, as Click has it."""
+def command(first: str = "") -> Any:
+    """The command tree, as Click has it: whole, or with the one that `first`, a word, names."""
+    app = typer.Typer(
+        name="vlmchat",
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback(invoke_without_command=True)(vlmchat)
+    for name in (first,) if first in _ALONE else _COMMANDS:
+        what = getattr(import_module(f"vlmchat.commands.{name}"), name)
+        if isinstance(what, typer.Typer):
+            app.add_typer(what, name=name)
+        elif name in _WITH_MANY_OPTIONS:
+            app.command(name, cls=GroupedCommand)(grouped(what))
+        else:
+            app.command(name)(what)
     root: Any = typer.main.get_command(app)
     for param in (p for name in root.commands for p in root.commands[name].params):
         param.envvar_list_splitter = "\n"  # a question has spaces: one value per line
@@ -81,7 +74,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what its encoding has not
     as_json, debug = _asked(arguments, "json"), _asked(arguments, "debug")
     with leaving_at_once(), reporting(as_json=as_json, debug=debug):
-        code = command().main(arguments, prog_name="vlmchat", standalone_mode=False)
+        code = command(*arguments[:1]).main(arguments, prog_name="vlmchat", standalone_mode=False)
         if code:
             raise SystemExit(code)
     sys.exit(code)

@@ -17,7 +17,7 @@ from rich.console import Console
 from vlmchat.batch import Tally
 from vlmchat.errors import SomeFailed
 from vlmchat.json_line import json_line
-from vlmchat.output import JSON_SCHEMA
+from vlmchat.json_output import JSON_SCHEMA
 
 if TYPE_CHECKING:
     from rich.progress import Progress

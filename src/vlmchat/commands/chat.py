@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
     from vlmchat.config import EngineConfig, ModelConfig
     from vlmchat.engine.engine import Engine
-    from vlmchat.output import JsonPrinter, TextPrinter
+    from vlmchat.json_output import JsonPrinter
+    from vlmchat.output import TextPrinter
     from vlmchat.request import Backend, Status
     from vlmchat.session import ChatSession, Reply
 
@@ -246,7 +247,7 @@ def text_printer(
 
 def json_printer(output: OutputOptions, engine: Backend) -> JsonPrinter:
     """Prints answers for programs."""
-    from vlmchat.output import JsonPrinter
+    from vlmchat.json_output import JsonPrinter
 
     printer = JsonPrinter(sys.stdout, stream_deltas=output.stream)
     return _with_prompt(printer, engine) if output.debug else printer

@@ -142,7 +142,9 @@ def _table_name(ctx: typer.Context) -> str:
 
 def _other_commands(ctx: typer.Context) -> dict[str, Any]:
     """Table -> command, for those beside this one that a settings file is for too."""
-    commands = getattr(ctx.find_root().command, "commands", {}) if ctx.parent else {}
+    from vlmchat.commands import command as whole  # which may have made less
+
+    commands = whole().commands if ctx.parent else {}
     single = {
         name: one
         for name, command in commands.items()
