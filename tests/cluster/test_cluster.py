@@ -269,18 +269,16 @@ def test_deploy_tells_that_no_node_has_room(running: Running) -> None:
         deploy.await_ready(60, heard)
 
 
-def test_error_of_an_actor_is_told_in_its_own_words(running: Running) -> None:
+def test_error_of_a_ray_task_is_told_in_its_own_words(running: Running) -> None:
     import ray
 
-    @ray.remote
-    class Proxy:
-        def ready(self) -> None:
-            raise RuntimeError("the port is taken")
+    def bind() -> None:
+        raise RuntimeError("the port is taken")
 
     from vlmchat.cluster import deploy
 
     with pytest.raises(NetworkError, match=r"^Ray: the port is taken$"), deploy._translated():
-        ray.get(Proxy.remote().ready.remote())
+        ray.get(ray.remote(bind).remote())
 
 
 def test_other_server_answers_behind_a_replica(running: Running) -> None:
