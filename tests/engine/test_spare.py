@@ -44,6 +44,22 @@ def test_exporter_is_whole_when_it_is_used_after_all() -> None:
     assert _run(ANSWER + used).strip() == "True"
 
 
+def test_operators_are_told_what_they_do_on_the_meta_device_when_a_model_wants_it() -> None:
+    used = """
+import sys, torch
+from vlmchat.engine.spare import on_meta
+assert type(sys.modules["torch._meta_registrations"]).__name__ == "_Later"
+with on_meta():
+    print(torch.nn.LayerNorm(4)(torch.empty(2, 4)).shape, torch.roll(torch.empty(3), 1).device)
+"""
+    assert _run(ANSWER + used).strip() == "torch.Size([2, 4]) meta"
+
+
+def test_numbers_are_drawn_by_a_generator_as_ever() -> None:
+    drawn = "import torch; print(torch.rand(3, generator=torch.Generator().manual_seed(1)))"
+    assert _run(ANSWER + drawn) == _run(drawn)
+
+
 def test_masks_by_rules_are_computed() -> None:
     used = """
 import torch

@@ -2,11 +2,13 @@
 
 Called before the first import of transformers. Half of the time that takes goes into modules that
 one process which answers questions never uses: torch's compiler (and with it sympy), its exporter,
+what its operators do on the meta device where C++ does not say it (`on_meta` wants that of some),
 DTensor, FSDP. Nothing is taken away: each is imported whole at the first use of anything in it.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ _NAME = "TransformGetItemToIndex"
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph")
 # What torch imports at its end and does not use itself.
 _EXPORTER = "torch.export"
+_META = "torch._meta_registrations"
+_PRIMS = "torch._prims"  # imported by the latter
+# What must be whole before another is executed.
+_BEFORE = {COMPILER: (_META, _WANTED), _EXPORTER: (_META,)}
 
 
 class _Later(ModuleType):
@@ -68,8 +74,8 @@ def _execute(module: ModuleType | None) -> None:
     module.__class__ = ModuleType  # type: ignore[assignment]
     if spec.submodule_search_locations is not None:
         module.__path__ = spec.submodule_search_locations
-    if spec.name == COMPILER:
-        _execute(sys.modules.get(_WANTED))  # which it imports itself
+    for name in _BEFORE.get(spec.name, ()):
+        _execute(sys.modules.get(name))
     spec.loader.exec_module(module)
 
 
@@ -83,13 +89,23 @@ def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
     return function if function is not None else _unmarked
 
 
+def _import_torch() -> None:
+    for name in (_EXPORTER, _META, _PRIMS):
+        _put_off(name)
+    importlib.import_module("torch")
+    prims = sys.modules.get(_PRIMS)
+    if isinstance(prims, _Later) and prims.__spec__ is not None:
+        prims.__path__ = prims.__spec__.submodule_search_locations or []
+        importlib.import_module(f"{_PRIMS}.rng_prims")  # without it there is no torch.Generator
+
+
 def spare_imports() -> None:
     """Put off what takes long, and tell transformers that torch has no distributed part.
 
     Leaves alone what was imported before.
     """
     if "torch" not in sys.modules:
-        _put_off(_EXPORTER)
+        _import_torch()
     import torch
 
     if COMPILER in sys.modules or "transformers.modeling_utils" in sys.modules:
@@ -129,7 +145,14 @@ def on_meta() -> Iterator[None]:
                 return named["tensor"] if "tensor" in named else args[0]
             if func is torch.arange:
                 return func(*args, **{**named, "device": "cpu"})
-            return (torch.empty if func is torch.randn else func)(*args, **named)
+            func = torch.empty if func is torch.randn else func
+            try:
+                return func(*args, **named)
+            except NotImplementedError:
+                if not isinstance(sys.modules.get(_META), _Later):
+                    raise
+                _execute(sys.modules[_META])
+                return func(*args, **named)
 
     with torch.device("meta"), NothingDrawn():
         yield
