@@ -19,7 +19,8 @@ import pytest
 from vlmchat import fetch as fetch_module
 from vlmchat.config import ImagePolicy
 from vlmchat.errors import FetchRefused, ImageRejected, NetworkError
-from vlmchat.fetch import fetch, is_public, shown
+from vlmchat.fetch import fetch, is_public
+from vlmchat.shown import shown
 
 PRIVATE_ALLOWED = ImagePolicy(allow_private_urls=True, timeout_s=20.0)
 Answer = Callable[[BaseHTTPRequestHandler], None]

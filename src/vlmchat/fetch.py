@@ -27,6 +27,7 @@ import httpx2
 
 from vlmchat.config import ImagePolicy
 from vlmchat.errors import FetchRefused, ImageRejected, NetworkError
+from vlmchat.shown import shown, shown_bytes
 
 Resolver = Callable[[str, int], Sequence[str]]
 
@@ -40,7 +41,6 @@ _HTTPCORE_ERRORS = (
 _REDIRECTS = (301, 302, 303, 307, 308)
 _FORBIDDEN_IN_URL = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
 _USERINFO = re.compile(r"([^/?#]*:)?//[^/?#]*@")
-_SHOWN_CHARACTERS = 120
 
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 _GLOBAL_UNICAST = IPv6Network("2000::/3")  # RFC 4291: everything else in IPv6 has a special use
@@ -79,23 +79,6 @@ def fetch(url: str, policy: ImagePolicy, resolve: Resolver | None = None) -> byt
             return answer
         target = answer
     raise FetchRefused(f"{shown(url)}: more than {policy.max_redirects} redirects")
-
-
-def shown(text: str) -> str:
-    """A URL or path fit for one line: printable, not too long, a URL without its query."""
-    if re.match(r"(?i)https?:", text):
-        # Signed addresses carry their secrets in the query, others before the @.
-        text = re.sub(r"(?<=[/\\])[^/\\?#]*@", "", re.sub(r"\?.*", "?…", text, flags=re.DOTALL))
-    text = "".join(character if character.isprintable() else "�" for character in text)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
-
-
-def shown_bytes(count: int) -> str:
-    """`count` bytes for people: 52428800 is "50 MiB"."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count} bytes"
 
 
 def is_public(address: str) -> bool:

@@ -24,7 +24,6 @@ from io import BytesIO
 from pathlib import PurePath
 from typing import BinaryIO, cast
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 from PIL import Image as PILImage
 from PIL import ImageChops, ImageOps, UnidentifiedImageError
@@ -33,7 +32,7 @@ from vlmchat.clipboard import read_clipboard_image
 from vlmchat.config import ImagePolicy
 from vlmchat.conversation import Image
 from vlmchat.errors import FetchRefused, ImageNotFound, ImageRejected
-from vlmchat.fetch import fetch, shown, shown_bytes
+from vlmchat.shown import shown, shown_bytes
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # and HEIF, by its plug-in
 _PICTURE_END = re.compile(
@@ -72,6 +71,8 @@ class ImageLoader:
         if scheme == "data":
             return self.load_bytes(self._from_data_url(source), "data URL")
         if scheme in ("http", "https"):
+            from vlmchat.fetch import fetch  # an HTTP client takes as long to import as Pillow
+
             return self.load_bytes(fetch(source, self._policy), source)
         if "://" in source and scheme != "file":
             raise FetchRefused(f"{shown(source)}: only http, https, data and file URLs are read")
@@ -221,6 +222,8 @@ def _url_path(url: str) -> str:
 
 def _path_of_file_url(url: str) -> str:
     """The path in file:///a%20b, file://localhost/a or file:/a."""
+    from urllib.request import url2pathname  # the same
+
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -17,6 +17,7 @@ import typer
 from vlmchat import __version__
 from vlmchat.commands.exit import end_on_signals, leaving_at_once, reporting
 from vlmchat.commands.options import GroupedCommand, grouped
+from vlmchat.commands.plain_values import PlainGroup
 from vlmchat.commands.threads import cpu_quota, settle
 
 # In the order of the help; each is in the module of its name, and so is its function.
@@ -47,6 +48,7 @@ def command(first: str = "") -> Any:
     """The command tree, as Click has it: whole, or with the one that `first`, a word, names."""
     app = typer.Typer(
         name="vlmchat",
+        cls=PlainGroup,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )

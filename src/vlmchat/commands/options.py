@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 
+from vlmchat.commands.plain_values import PlainCommand
 from vlmchat.commands.settings import model_alias, read_aliases, read_config, state_path
 from vlmchat.config import (
     DEFAULT_MODEL,
@@ -90,7 +90,7 @@ def _parameter(group: Any, field: Any, kind: Any, declared: Any) -> Parameter:
     return parameter
 
 
-class GroupedCommand(TyperCommand):
+class GroupedCommand(PlainCommand):
     """A command whose help lists its options by group."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
