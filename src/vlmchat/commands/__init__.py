@@ -24,6 +24,7 @@ from vlmchat.commands.threads import cpu_quota, settle
 _WITH_MANY_OPTIONS = ("chat", "batch", "bench", "worker", "controller", "web")
 _COMMANDS = (*_WITH_MANY_OPTIONS, "status", "config", "cluster", "models")
 _ALONE = set(_COMMANDS) - {"config"}  # which asks for the options of others
+_NAMES_ONLY = ("--help", "-h", "--version")
 
 
 def _version(value: bool) -> None:
@@ -45,7 +46,10 @@ def vlmchat(
 
 
 def command(first: str = "") -> Any:
-    """The command tree, as Click has it: whole, or with the one that `first`, a word, names."""
+    """The command tree, as Click has it: whole, or what of it a command line needs.
+
+    first: its first word; it names the one command that is needed, or asks for their names.
+    """
     app = typer.Typer(
         name="vlmchat",
         cls=PlainGroup,
@@ -57,6 +61,8 @@ def command(first: str = "") -> Any:
         what = getattr(import_module(f"vlmchat.commands.{name}"), name)
         if isinstance(what, typer.Typer):
             app.add_typer(what, name=name)
+        elif first in _NAMES_ONLY:
+            app.command(name, help=what.__doc__)(lambda: None)
         elif name in _WITH_MANY_OPTIONS:
             app.command(name, cls=GroupedCommand)(grouped(what))
         else:

@@ -28,8 +28,22 @@ class _InTurn(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
+class Room:
+    """Where weights are put together, to be copied then: fresh memory each time takes longer."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.bfloat16)
+
+    def join(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[out, in] each, bfloat16 -> [sum of out, in], until the next call."""
+        count = sum(weight.numel() for weight in weights)
+        if len(self._memory) < count:
+            self._memory = weights[0].new_empty(count)
+        return torch.cat(list(weights), out=self._memory[:count].view(-1, weights[0].shape[1]))
+
+
 @torch.no_grad()
-def fuse(layers: Sequence[nn.Module]) -> nn.Module:
+def fuse(layers: Sequence[nn.Module], room: Room | None = None) -> nn.Module:
     """A module that gives the layers' outputs, concatenated, for one input [..., in].
 
     No second copy of the weights stays: the layers go on with views of the joint ones. But where
@@ -40,7 +54,7 @@ def fuse(layers: Sequence[nn.Module]) -> nn.Module:
     kind = type(layers[0])
     if len({_form(layer) for layer in layers}) == 1:
         if isinstance(layers[0], nn.Linear) and kind is nn.Linear and can_prepack(layers[0].weight):
-            return _prepack(layers)
+            return _prepack(layers, room or Room())
         if len(layers) > 1 and kind in _JOIN and _can_join(layers):
             return _JOIN[kind](layers)
     return layers[0] if len(layers) == 1 else _InTurn(layers)
@@ -71,8 +85,9 @@ def _can_join(layers: Sequence[Any]) -> bool:
     return same and not any(layer.out_features % TILE for layer in layers)
 
 
-def _prepack(layers: Sequence[Any]) -> PrepackedLinear:
-    weight = layers[0].weight if len(layers) == 1 else torch.cat([each.weight for each in layers])
+def _prepack(layers: Sequence[Any], room: Room) -> PrepackedLinear:
+    weights = [layer.weight for layer in layers]
+    weight = weights[0] if len(layers) == 1 else room.join(weights)
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
     return PrepackedLinear(weight, _biases(layers))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vlmchat.engine.fused import fuse
+from vlmchat.engine.fused import Room, fuse
 from vlmchat.engine.kv_cache import KVShape, Table, Window
 from vlmchat.engine.operators import Operators
 
@@ -87,7 +87,8 @@ class LeanModel:
         self.scale = attention.scaling
         self.activation = model.layers[0].mlp.act_fn
         self.shape = KVShape(len(model.layers), config.num_key_value_heads, attention.head_dim)
-        self.layers = [self._read(layer) for layer in model.layers]
+        room = Room()
+        self.layers = [self._read(layer, room) for layer in model.layers]
         self.norm = model.norm.weight.float()
         plain = Operators(self.eps, self.activation, self._dtype, device)
         self._operators = operators or plain
@@ -170,7 +171,7 @@ class LeanModel:
             parts.append(attend(queries[span.first : span.last], *kept, span, self.scale))
         return torch.cat(parts)
 
-    def _read(self, layer: Any) -> Layer:
+    def _read(self, layer: Any, room: Room) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
@@ -179,11 +180,11 @@ class LeanModel:
             head_norm = torch.cat([norm.weight.expand(count, -1) for norm, count in norms])
         return Layer(
             attention_norm=layer.input_layernorm.weight.float(),
-            qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+            qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj], room),
             head_norm=head_norm,
             output=fuse([attention.o_proj]),
             mlp_norm=layer.post_attention_layernorm.weight.float(),
-            gate_up=fuse([mlp.gate_proj, mlp.up_proj]),
+            gate_up=fuse([mlp.gate_proj, mlp.up_proj], room),
             down=fuse([mlp.down_proj]),
         )
 
