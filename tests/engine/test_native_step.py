@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,18 @@ def test_native_library_is_compiled_once_and_whole(
     monkeypatch.setenv("PATH", "")  # no compiler is needed any more
     native_library.native_library()
     assert library.stat().st_mtime_ns == compiled
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_native_library_of_another_user_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_library.native_library()
+    (library,) = (tmp_path / "vlmchat").iterdir()
+    os.chown(library, 12345, -1)
+    with pytest.raises(NoNativeStep, match="is another user's"):
+        native_library.native_library()
 
 
 def test_native_library_says_why_there_is_none(

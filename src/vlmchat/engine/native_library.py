@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -76,4 +77,6 @@ def _compiled(cpu: str) -> Path:
             command = [compiler, *_FLAGS, "-o", str(fresh), str(_SOURCES / "step.c")]
             subprocess.run(command, check=True, capture_output=True, timeout=_TIME_S)
             fresh.rename(library)  # whole, or not at all
+    if library.stat().st_uid not in (0, os.getuid()):  # as under sudo, with a user's home
+        raise NoNativeStep(f"{library} is another user's")
     return library
