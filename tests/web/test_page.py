@@ -58,6 +58,10 @@ def enabled(tab: Any, button: str) -> None:
     tab.locator(f"{button}:not([disabled])").wait_for()
 
 
+def token(tab: Any) -> str:
+    return str(tab.evaluate("sessionStorage.getItem('vlmchat')"))
+
+
 def attach(tab: Any, *files: Any) -> None:
     tab.locator('#question input[type="file"]').set_input_files(list(files))
     tab.locator("#question .thumbnail-item").first.wait_for()
@@ -208,6 +212,30 @@ def test_page_keeps_two_tabs_apart(
     says(two, "You said: hello")
     assert "secret" not in two.locator("#chat").inner_text()
     assert backend.seen[-1].turns == ()
+
+
+def test_page_that_is_loaded_again_goes_on_with_its_conversation(tab: Tab) -> None:
+    backend = scripted(["Blue.", long_answer(3000), "Seven."], delay_s=0.02)
+    with served(Workers({"m": backend})) as running:
+        browser = tab(running.url)
+        attach(browser, PNG)
+        ask(browser, "Which colour?")
+        says(browser, "Blue.")
+        ask(browser, "Go on.")
+        says(browser, "word5")
+        browser.reload()
+        says(browser, "Blue.")
+        says(browser, "word5")  # what was said before it stopped
+        other = browser.context.new_page()  # as if the tab had been doubled
+        other.goto(running.url)
+        other.evaluate(f"sessionStorage.setItem('vlmchat', {token(browser)!r})")
+        other.reload()
+        says(other, "Add a picture and ask about it.")
+        enabled(browser, "#undo")
+        ask(browser, "How many?")
+        says(browser, "Seven.")
+        assert [turn.user.text for turn in backend.seen[-1].turns] == ["Which colour?", "Go on."]
+        assert len(backend.seen[-1].images) == 1
 
 
 def test_closed_tab_stops_its_answer_and_is_forgotten(tab: Tab) -> None:

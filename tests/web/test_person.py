@@ -16,7 +16,7 @@ from vlmchat.images import ImageLoader
 from vlmchat.request import Backend
 from vlmchat.web import markup
 from vlmchat.web.log import ConversationLog
-from vlmchat.web.person import IDLE_S, People, Person, Wishes
+from vlmchat.web.person import IDLE_S, KEPT_S, People, Person, Wishes
 from vlmchat.web.shapes import shaped
 
 LOADER = ImageLoader(ImagePolicy(allow_local_files=False))
@@ -221,6 +221,18 @@ def test_people_who_give_no_sign_of_life_are_forgotten(monkeypatch: pytest.Monke
     people.of("b")
     assert people.by_token(first.token) is None
     assert len(people) == 1
+
+
+def test_person_comes_back_for_a_while_after_leaving_and_to_one_tab_only() -> None:
+    people = People(LOADER)
+    first = people.of("a")
+    people.leave("a")
+    assert len(people) == 0
+    assert people.back("b", first.token) is first
+    assert people.back("c", first.token) is not first
+    people.leave("b")
+    first.touched -= KEPT_S + 1
+    assert people.back("d", first.token) is not first
 
 
 def test_log_that_cannot_be_written_is_an_os_error_for_the_page(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ TITLE = (
 PLACEHOLDER = "Add a picture and ask about it.\n\nEnter sends, Shift+Enter begins a new line."
 
 EDIT_AT = "() => [window.editTurn]"  # the page's script sets it, when a question's Edit is pressed
+# A tab keeps its person's secret, to be known when it is loaded again; some frames keep nothing.
+RECALL = '() => { try { return [sessionStorage.getItem("vlmchat")] } catch { return [""] } }'
+REMEMBER = '(token) => { try { sessionStorage.setItem("vlmchat", token) } catch {} }'
 
 Updates = dict[Any, Any]
 
@@ -215,6 +218,7 @@ class Page:
         self.facts = gr.HTML("", elem_id="facts")
         self.edit_at = gr.Button("Edit an earlier question", elem_id="edit-at")  # see EDIT_AT
         self.which = gr.Number(label="Which", elem_id="which")
+        self.token = gr.Textbox(label="Who", elem_id="who")
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -246,7 +250,9 @@ class Page:
         models = [self.model, self.model_note, self.known]
         self.timer.tick(self._look, [self.model, self.known], models, **small)
         self.model.input(self._choose_model, [self.model], [self.model_note], **small)
-        self.blocks.load(self._arrive, None, [*models, *shown, self.export], **small)
+        arrived = [*models, *shown, self.export, self.token]
+        loaded = self.blocks.load(self._arrive, [self.token], arrived, js=RECALL, **small)
+        loaded.then(None, [self.token], None, js=REMEMBER)
         self.blocks.unload(self._leave)
 
     def _outputs(self) -> list[Any]:
@@ -301,18 +307,24 @@ class Page:
 
     # -- coming, going, models ----------------------------------------------------------------
 
-    def _arrive(self, request: gr.Request) -> Updates:
-        """A page was loaded: a fresh conversation; `?model=NAME` is honoured."""
-        person = self._people.of(_tab(request))
-        person.model = str(request.query_params.get("model", ""))
+    def _arrive(self, token: str | None, request: gr.Request) -> Updates:
+        """A page was loaded: a fresh conversation, or the one that stood there before it was loaded
+        again; `?model=NAME` is honoured."""
+        person = self._people.back(_tab(request), token or "")
+        person.model = str(request.query_params.get("model", person.model))
         link = f'href="conversation/{person.token}" download="conversation.json"'
         model, note, known = self._look("", (), request)
+        view = self._view(person)
+        if person.edited is not None:
+            text = person.edited.question.text
+            view[self.question] = self._filled(text, view[self.question]["label"])
         return {
-            **self._view(person),
+            **view,
             self.model: model,
             self.model_note: note,
             self.known: known,
             self.export: f'<a class="export" {link}>Export</a>',
+            self.token: person.token,
         }
 
     def _leave(self, request: gr.Request) -> None:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 REDRAW_S = 0.05  # a page is not redrawn more often while an answer streams
 MAX_WAITING = 16  # pictures
 IDLE_S = 900.0  # without a sign of life from the page, which gives one every few seconds
+KEPT_S = 60.0  # after the page has gone: it may have been loaded again
+MAX_KEPT = 64
+_LEAVING_S = 2.0  # what it takes at most to notice that a page has gone, and to end its answer
 
 Find = Callable[[], Backend]  # whoever answers; raises what is then told of the answer
 
@@ -329,11 +332,15 @@ class Person:
 
 
 class People:
-    """Everybody who has the page open, by the name that Gradio gives their tab."""
+    """Everybody who has the page open, by the name that Gradio gives their tab.
+
+    A page that is loaded again is another tab to Gradio; who was there is known by their secret.
+    """
 
     def __init__(self, loader: ImageLoader) -> None:
         self._loader = loader
         self._people: dict[str, Person] = {}
+        self._gone: dict[str, Person] = {}  # by their secret, in the order of leaving
         self._lock = threading.Lock()
 
     def of(self, tab: str) -> Person:
@@ -346,6 +353,25 @@ class People:
             person.touched = time.monotonic()
             return person
 
+    def back(self, tab: str, token: str) -> Person:
+        """The person with this secret, who has just left another tab; else as `of`.
+
+        Waits for their leaving, which may be noticed later than their coming.
+        """
+        deadline = time.monotonic() + _LEAVING_S
+        while token and time.monotonic() < deadline:
+            with self._lock:
+                self._forget_idle()
+                person = self._gone.get(token)
+                if person is not None and not person.busy:
+                    person.touched = time.monotonic()
+                    self._people[tab] = self._gone.pop(token)
+                    return person
+            if person is None and self.by_token(token) is None:
+                break
+            time.sleep(0.05)
+        return self.of(tab)
+
     def by_token(self, token: str) -> Person | None:
         """The person whose secret this is."""
         with self._lock:
@@ -353,9 +379,14 @@ class People:
         return found[0] if found else None
 
     def leave(self, tab: str) -> None:
-        """The tab is closed: its answer is stopped, everything in it forgotten."""
+        """The tab is closed: its answer is stopped, everything in it soon forgotten."""
         with self._lock:
             person = self._people.pop(tab, None)
+            if person is not None:
+                person.touched = time.monotonic()
+                self._gone[person.token] = person
+                while len(self._gone) > MAX_KEPT:
+                    del self._gone[next(iter(self._gone))]
         if person is not None:
             person.stop()
 
@@ -371,3 +402,6 @@ class People:
         limit = time.monotonic() - IDLE_S
         for tab in [tab for tab, p in self._people.items() if p.touched < limit]:
             self._people.pop(tab).stop()
+        gone = time.monotonic() - KEPT_S
+        for token in [token for token, p in self._gone.items() if p.touched < gone]:
+            del self._gone[token]

@@ -82,7 +82,7 @@ a.export { display: block; text-align: center; text-decoration: none; }
 #chat p:has(> a.edit) { margin: 0; line-height: 1; }
 #chat a.edit { display: inline-block; padding: .4rem .6rem .3rem 0; font-size: .75rem;
   opacity: .8; }
-#edit-at, #which, .form:has(> #which) { display: none !important; }
+#edit-at, #which, #who, .form:has(> #which) { display: none !important; }
 #waiting:not(:has(img)) { display: none !important; }
 #model-note:not(:has(b)) { display: none !important; }
 #trouble-row:not(:has(.trouble)) { display: none !important; }
