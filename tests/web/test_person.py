@@ -231,8 +231,16 @@ def test_person_comes_back_for_a_while_after_leaving_and_to_one_tab_only() -> No
     assert people.back("b", first.token) is first
     assert people.back("c", first.token) is not first
     people.leave("b")
+    assert people.of("b") is first  # who was out of reach only
+    people.leave("b")
     first.touched -= KEPT_S + 1
     assert people.back("d", first.token) is not first
+
+
+def test_secret_that_cannot_be_is_nobodys() -> None:
+    people = People(LOADER)
+    people.of("a")
+    assert people.by_token("\ud800 é") is None
 
 
 def test_log_that_cannot_be_written_is_an_os_error_for_the_page(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ class Page:
         self.model.input(self._choose_model, [self.model], [self.model_note], **small)
         arrived = [*models, *shown, self.export, self.token]
         loaded = self.blocks.load(self._arrive, [self.token], arrived, js=RECALL, **small)
-        loaded.then(None, [self.token], None, js=REMEMBER)
+        loaded.then(None, [self.token], None, js=REMEMBER, **small)
         self.blocks.unload(self._leave)
 
     def _outputs(self) -> list[Any]:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 REDRAW_S = 0.05  # a page is not redrawn more often while an answer streams
 MAX_WAITING = 16  # pictures
 IDLE_S = 900.0  # without a sign of life from the page, which gives one every few seconds
-KEPT_S = 60.0  # after the page has gone: it may have been loaded again
+KEPT_S = 600.0  # after the page has gone: it may be loaded again, or was out of reach only
 MAX_KEPT = 64
 _LEAVING_S = 2.0  # what it takes at most to notice that a page has gone, and to end its answer
 
@@ -93,6 +93,10 @@ class Person:
         self._turn_lock = threading.Lock()
         self._originals: dict[Image, Image] = {}
         self._shown: dict[str, bytes] = {}  # of small pictures, by sha256
+
+    def has(self, token: str) -> bool:
+        """Whether this is the person's secret."""
+        return secrets.compare_digest(self.token.encode(), token.encode(errors="replace"))
 
     @property
     def busy(self) -> bool:
@@ -340,16 +344,15 @@ class People:
     def __init__(self, loader: ImageLoader) -> None:
         self._loader = loader
         self._people: dict[str, Person] = {}
-        self._gone: dict[str, Person] = {}  # by their secret, in the order of leaving
+        self._gone: dict[str, Person] = {}  # by the tab they left, in that order
         self._lock = threading.Lock()
 
     def of(self, tab: str) -> Person:
         """The person at this tab; a new one where nobody was."""
         with self._lock:
             self._forget_idle()
-            person = self._people.get(tab)
-            if person is None:
-                person = self._people[tab] = Person(self._loader)
+            person = self._people.get(tab) or self._gone.pop(tab, None) or Person(self._loader)
+            self._people[tab] = person
             person.touched = time.monotonic()
             return person
 
@@ -361,13 +364,11 @@ class People:
         deadline = time.monotonic() + _LEAVING_S
         while token and time.monotonic() < deadline:
             with self._lock:
-                self._forget_idle()
-                person = self._gone.get(token)
-                if person is not None and not person.busy:
-                    person.touched = time.monotonic()
-                    self._people[tab] = self._gone.pop(token)
-                    return person
-            if person is None and self.by_token(token) is None:
+                left = next((t for t, p in self._gone.items() if p.has(token)), None)
+                if left is not None and not self._gone[left].busy:
+                    self._gone[tab] = self._gone.pop(left)
+                    break
+            if left is None and self.by_token(token) is None:
                 break
             time.sleep(0.05)
         return self.of(tab)
@@ -375,16 +376,16 @@ class People:
     def by_token(self, token: str) -> Person | None:
         """The person whose secret this is."""
         with self._lock:
-            found = [p for p in self._people.values() if secrets.compare_digest(p.token, token)]
+            found = [p for p in self._people.values() if p.has(token)]
         return found[0] if found else None
 
     def leave(self, tab: str) -> None:
-        """The tab is closed: its answer is stopped, everything in it soon forgotten."""
+        """The tab is closed or out of reach: its answer is stopped, the rest soon forgotten."""
         with self._lock:
             person = self._people.pop(tab, None)
             if person is not None:
                 person.touched = time.monotonic()
-                self._gone[person.token] = person
+                self._gone[tab] = person
                 while len(self._gone) > MAX_KEPT:
                     del self._gone[next(iter(self._gone))]
         if person is not None:
@@ -403,5 +404,5 @@ class People:
         for tab in [tab for tab, p in self._people.items() if p.touched < limit]:
             self._people.pop(tab).stop()
         gone = time.monotonic() - KEPT_S
-        for token in [token for token, p in self._gone.items() if p.touched < gone]:
-            del self._gone[token]
+        for tab in [tab for tab, p in self._gone.items() if p.touched < gone]:
+            del self._gone[tab]
