@@ -62,6 +62,12 @@ def token(tab: Any) -> str:
     return str(tab.evaluate("sessionStorage.getItem('vlmchat')"))
 
 
+def set_parameters(tab: Any, system: str, seed: str) -> None:
+    tab.get_by_role("button", name="Parameters").click()
+    tab.get_by_label("System prompt").fill(system)
+    tab.get_by_label("Seed").fill(seed)
+
+
 def attach(tab: Any, *files: Any) -> None:
     tab.locator('#question input[type="file"]').set_input_files(list(files))
     tab.locator("#question .thumbnail-item").first.wait_for()
@@ -218,6 +224,7 @@ def test_page_that_is_loaded_again_goes_on_with_its_conversation(tab: Tab) -> No
     backend = scripted(["Blue.", long_answer(3000), "Seven."], delay_s=0.02)
     with served(Workers({"m": backend})) as running:
         browser = tab(running.url)
+        set_parameters(browser, "Be brief.", "42")
         attach(browser, PNG)
         ask(browser, "Which colour?")
         says(browser, "Blue.")
@@ -236,6 +243,7 @@ def test_page_that_is_loaded_again_goes_on_with_its_conversation(tab: Tab) -> No
         says(browser, "Seven.")
         assert [turn.user.text for turn in backend.seen[-1].turns] == ["Which colour?", "Go on."]
         assert len(backend.seen[-1].images) == 1
+        assert (backend.seen[-1].system, backend.params[-1].seed) == ("Be brief.", 42)
 
 
 def test_closed_tab_stops_its_answer_and_is_forgotten(tab: Tab) -> None:
@@ -492,6 +500,7 @@ def test_exported_conversation_can_be_imported(
     page: tuple[Served, Path], backend: ScriptedBackend, tab: Tab, tmp_path: Path
 ) -> None:
     browser = tab(page[0].url)
+    set_parameters(browser, "Be brief.", "42")
     attach(browser, PNG)
     ask(browser, "remember this")
     says(browser, "You said: remember this")
@@ -505,6 +514,7 @@ def test_exported_conversation_can_be_imported(
     says(other, "You said: and now?")
     assert [t.user.text for t in backend.seen[-1].turns] == ["remember this"]
     assert len(backend.seen[-1].images) == 1
+    assert (backend.seen[-1].system, backend.params[-1].seed) == ("Be brief.", 42)
 
 
 def test_page_asks_no_other_host_for_anything(page: tuple[Served, Path], tab: Tab) -> None:

@@ -250,7 +250,7 @@ class Page:
         models = [self.model, self.model_note, self.known]
         self.timer.tick(self._look, [self.model, self.known], models, **small)
         self.model.input(self._choose_model, [self.model], [self.model_note], **small)
-        arrived = [*models, *shown, self.export, self.token]
+        arrived = [*models, *shown, self.mode, self.export, self.token]
         loaded = self.blocks.load(self._arrive, [self.token], arrived, js=RECALL, **small)
         loaded.then(None, [self.token], None, js=REMEMBER, **small)
         self.blocks.unload(self._leave)
@@ -318,6 +318,8 @@ class Page:
         if person.edited is not None:
             text = person.edited.question.text
             view[self.question] = self._filled(text, view[self.question]["label"])
+        if person.wishes is not None:
+            view |= {**self._controls(person.wishes), self.mode: person.wishes.mode}
         return {
             **view,
             self.model: model,
@@ -585,17 +587,20 @@ class Page:
         person = self._people.of(_tab(request))
         try:
             saved = self._saved(self._uploaded(file))
-            person.resume(saved.conversation, saved.forgotten)
+            person.resume(saved.conversation, saved.forgotten, saved.params)
             for image in saved.queued:
                 person.attach(image)
             if saved.lost:
                 raise InvalidRequest(f"the file lacks {len(saved.lost)} of its pictures")
         except VlmchatError as error:
             return self._told(person, error)
-        params = saved.params
+        assert person.wishes is not None
+        return {**self._view(person), **self._controls(person.wishes)}
+
+    def _controls(self, wishes: Wishes) -> Updates:
+        params = wishes.params
         return {
-            **self._view(person),
-            self.system: saved.conversation.system,
+            self.system: wishes.system,
             self.temperature: params.temperature,
             self.top_p: params.top_p,
             self.max_tokens: params.max_new_tokens,

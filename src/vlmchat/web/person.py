@@ -86,6 +86,7 @@ class Person:
         self.voted = ""
         self.edited: Open | None = None  # its question is in the box, to be changed
         self.model = ""
+        self.wishes: Wishes | None = None  # of the last question, or of a conversation taken up
         self.touched = time.monotonic()
         self._loader = loader
         self._reply: Reply | None = None
@@ -157,6 +158,7 @@ class Person:
         if not self._turn_lock.acquire(blocking=False):
             raise InvalidRequest("an answer is under way; stop it first")
         try:
+            self.wishes = wishes
             self._begin(asked)
             yield
             yield from self._answer(asked, find, wishes)
@@ -310,9 +312,12 @@ class Person:
             self.open, self.answered, self.voted, self.edited = None, None, "", None
             self._originals, self._shown = {}, {}
 
-    def resume(self, conversation: Conversation, forgotten: tuple[Turn, ...]) -> None:
+    def resume(
+        self, conversation: Conversation, forgotten: tuple[Turn, ...], params: SamplingParams
+    ) -> None:
         """Go on with another conversation."""
         self.clear()
+        self.wishes = Wishes(self.model, params, conversation.system)
         self.conversation, self.forgotten = conversation, forgotten
 
     # -- pictures on the page -----------------------------------------------------------------

@@ -203,7 +203,7 @@ def site(
             return PlainTextResponse("no such conversation", 404)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         model = person.answered.model if person.answered else ""
-        params = SamplingParams(top_p=0.7)
+        params = person.wishes.params if person.wishes else SamplingParams(top_p=0.7)
         saved = SavedSession(
             "web", model, params, person.conversation, now, now, person.forgotten, person.waiting
         )
